@@ -1,0 +1,82 @@
+# Every target makes its own .venv when there is none, from the pins in requirements.txt.
+#
+#   make demo      the whole job on the bundled crystals: train, evaluate, figures, predict (minutes, two cores)
+#   make test      all tests, and every notebook re-executed
+#   make train-perov5, make evaluate-perov5 (also mp20, mpts52): the long jobs
+#
+# A machine without a GPU may save a large download with
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+SYSTEM_PYTHON := $(shell python3.11 -c "import sys; print(sys.executable)" 2>/dev/null || command -v python3)
+BIN := $(CURDIR)/.venv/bin
+INSTALLED := .venv/.installed
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+SEED ?= 0
+N_STRUCTURES ?= None
+N_SAMPLES ?= 20
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+DATASETS := perov5 mp20 mpts52
+
+# The kernel of a notebook is the python of .venv, and finds its programs first.
+export PATH := $(BIN):$(PATH)
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+PAPERMILL = $(BIN)/papermill --cwd notebooks --log-level WARNING
+
+.PHONY: help venv demo test lint bench notebooks clean $(DATASETS:%=train-%) $(DATASETS:%=evaluate-%)
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+venv: $(INSTALLED)
+
+$(INSTALLED): requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(SYSTEM_PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: $(INSTALLED)
+	mkdir -p demo
+	$(PAPERMILL) notebooks/02_data.ipynb demo/02_data.ipynb -p output_dir $(CURDIR)/demo
+	$(PAPERMILL) notebooks/03_train.ipynb demo/03_train.ipynb -p output_dir $(CURDIR)/demo
+	for name in 04_csp_evaluation 05_displacement_energy 06_predict; do \
+	    $(PAPERMILL) notebooks/$$name.ipynb demo/$$name.ipynb -p output_dir $(CURDIR)/demo \
+	        -p checkpoint $(CURDIR)/demo/prototypes.safetensors || exit 1; \
+	done
+	@echo; echo "Figures:"; find demo -name '*.png' | sort | sed 's/^/  /'
+	@echo "Predicted crystals:"; find demo -name '*.cif' -exec dirname {} \; | sort | uniq -c | \
+	    awk '{print "  " $$2 "/  (" $$1 " CIF files)"}'
+	@echo "Executed notebooks:"; ls demo/*.ipynb | sed 's/^/  /'
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -o addopts= --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest tests/benchmarks -o addopts= --benchmark-only --benchmark-columns=min,median,stddev,rounds
+
+notebooks: $(INSTALLED)
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
+	    --ExecutePreprocessor.store_widget_state=False $(NOTEBOOKS)
+
+$(DATASETS:%=train-%): train-%: $(INSTALLED)
+	$(BIN)/python -m contsp_core.training --dataset $* --seed $(SEED)
+
+$(DATASETS:%=evaluate-%): evaluate-%: $(INSTALLED)
+	mkdir -p runs/$*
+	$(PAPERMILL) notebooks/04_csp_evaluation.ipynb runs/$*/04_csp_evaluation.ipynb \
+	    -p dataset $* -p checkpoint $* -p seed $(SEED) -p output_dir $(CURDIR)/runs/$* \
+	    -p n_structures $(N_STRUCTURES) -p n_samples $(N_SAMPLES)
+
+clean:
+	rm -rf demo runs .pytest_cache .ruff_cache .hypothesis .benchmarks

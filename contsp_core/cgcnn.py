@@ -1,0 +1,132 @@
+"""CGCNN with a hard cutoff, or with a fixed number of neighbours: the discontinuous baselines.
+
+Gated convolutions on concatenated features (Xie & Grossman, Phys. Rev. Lett. 120, 145301, 2018), without batch
+normalisation, which would make the energy of a crystal depend on its batch. The weights are random: what these models
+show, jumps in the energy, comes from the graph and not from training.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from contsp_core.crystals import MAX_ATOMIC_NUMBER, Crystals
+from contsp_core.graph import Graph, build_graph, edge_vectors
+
+Neighbors = Literal["radius", "nearest"]
+TYPICAL_N_NEIGHBORS = 100  # within 8 Å at 0.05 atoms per Å³
+
+
+class GatedConvolution(nn.Module):
+    """h′ᵢ = softplus(hᵢ + c Σ_j sigmoid(W_f z + b_f) ⊙ softplus(W_s z + b_s)), z = [hᵢ, h_j, φ(d)] (eq. 5).
+
+    The constant c, one over a typical number of neighbours, takes the place of batch normalisation.
+    """
+
+    def __init__(self, n_features: int, n_basis: int, message_scale: float) -> None:
+        super().__init__()
+        self.message_scale = message_scale
+        self.linear = nn.Linear(2 * n_features + n_basis, 2 * n_features)
+
+    def forward(self, features: Tensor, basis: Tensor, graph: Graph) -> Tensor:
+        """Update features (n_atoms, n_features) along directed edges with distance basis (n_edges, n_basis)."""
+        z = torch.cat([features[graph.source], features[graph.target], basis], dim=1)
+        gate, core = self.linear(z).chunk(2, dim=1)
+        messages = self.message_scale * torch.sigmoid(gate) * softplus(core)
+        return softplus(features + torch.zeros_like(features).index_add(0, graph.source, messages))
+
+
+class CGCNN(nn.Module):
+    """The energy of a crystal from its hard-cut graph; invariant, but not continuous.
+
+    Args:
+        neighbors: "radius" (all within ``cutoff``) or "nearest" (the ``n_neighbors`` nearest of each atom; rounding
+            chooses among equally distant ones, so the choice can depend on the description).
+        cutoff: radius of the graph, Å; for "nearest" it only fixes the range of the distance basis.
+        n_neighbors: for "nearest".
+        n_features: width of atom features and of the hidden layer.
+        n_basis: number of Gaussians on [0, cutoff].
+        n_convolutions: number of gated convolutions.
+        seed: of the random weights.
+
+    Raises:
+        ValueError: on an unknown ``neighbors`` or a size below 1.
+    """
+
+    def __init__(
+        self,
+        neighbors: Neighbors = "radius",
+        cutoff: float = 8.0,
+        n_neighbors: int = 12,
+        n_features: int = 32,
+        n_basis: int = 32,
+        n_convolutions: int = 3,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if neighbors not in ("radius", "nearest"):
+            raise ValueError(f"neighbors is {neighbors!r}, expected 'radius' or 'nearest'")
+        if cutoff <= 0 or min(n_neighbors, n_features, n_convolutions) < 1 or n_basis < 2:
+            raise ValueError(f"{cutoff=}, {n_neighbors=}, {n_features=}, {n_basis=}, {n_convolutions=}: too small")
+        self.neighbors, self.cutoff, self.n_neighbors = neighbors, cutoff, n_neighbors
+        self.embedding = nn.Embedding(MAX_ATOMIC_NUMBER + 1, n_features)
+        scale = 1 / (TYPICAL_N_NEIGHBORS if neighbors == "radius" else n_neighbors)
+        self.convolutions = nn.ModuleList(GatedConvolution(n_features, n_basis, scale) for _ in range(n_convolutions))
+        self.hidden, self.readout = nn.Linear(n_features, n_features), nn.Linear(n_features, 1)
+        self.register_buffer("centers", torch.linspace(0, cutoff, n_basis))
+        self._draw_weights(torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def _draw_weights(self, generator: torch.Generator) -> None:
+        for parameter in self.parameters():
+            scale = parameter.shape[-1] ** -0.5 if parameter is not self.embedding.weight else 1.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+    def cutoff_radius(self, crystals: Crystals) -> Tensor:
+        """(n_systems,) the hard cutoff, Å."""
+        return torch.full_like(crystals.volume, self.cutoff)
+
+    def graph(self, crystals: Crystals) -> Graph:
+        """The directed graph: source i, target j a neighbour of i."""
+        if self.neighbors == "radius":
+            return build_graph(crystals, self.cutoff_radius(crystals)).directed()
+        return nearest_neighbors(crystals, self.n_neighbors)
+
+    def forward(self, crystals: Crystals) -> Tensor:
+        """(n_systems,) energies, dimensionless, differentiable in cell and positions on a fixed graph."""
+        graph = self.graph(crystals)
+        distance = edge_vectors(crystals, graph).norm(dim=1, keepdim=True)
+        width = self.centers[1] - self.centers[0]
+        basis = torch.exp(-(((distance - self.centers) / width) ** 2))
+        features = self.embedding(crystals.atomic_numbers)
+        for convolution in self.convolutions:
+            features = convolution(features, basis, graph)
+        zeros = features.new_zeros(crystals.n_systems, features.shape[1])
+        mean = zeros.index_add(0, crystals.system_idx, features) / crystals.n_atoms[:, None]
+        return self.readout(softplus(self.hidden(softplus(mean)))).squeeze(1)
+
+
+@torch.no_grad()
+def nearest_neighbors(crystals: Crystals, n_neighbors: int) -> Graph:
+    """Directed edges from every atom to its ``n_neighbors`` nearest atoms or images.
+
+    The search radius, common to the atoms of one crystal, grows until every atom has found enough.
+    """
+    radius = (n_neighbors * crystals.volume / crystals.n_atoms) ** (1 / 3)
+    while True:
+        graph = build_graph(crystals, radius).directed()
+        found = torch.bincount(graph.source, minlength=len(crystals.positions))
+        poor = torch.zeros_like(radius, dtype=torch.bool)
+        poor[crystals.system_idx[found < n_neighbors]] = True
+        if not poor.any():
+            break
+        radius = torch.where(poor, 1.25 * radius, radius)
+    distance = edge_vectors(crystals, graph).norm(dim=1)
+    order = torch.argsort(distance)
+    order = order[torch.argsort(graph.source[order], stable=True)]
+    rank = torch.arange(len(order), device=order.device) - (torch.cumsum(found, 0) - found)[graph.source[order]]
+    kept = order[rank < n_neighbors]
+    return Graph(graph.source[kept], graph.target[kept], graph.image[kept])

@@ -1,0 +1,283 @@
+"""The batched state: a frozen set of periodic units, and the composition maps Reduce and Expand.
+
+One convention, used everywhere: the rows of ``cell`` are the lattice vectors (as in pymatgen and ASE), positions
+are Cartesian, lengths are in Å, and atoms are grouped by system.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pymatgen.core import Structure
+
+MAX_ATOMIC_NUMBER = 100
+MIN_VOLUME = 1e-6  # Å³: below this a cell is called flat, whatever its shape
+
+
+@dataclass(frozen=True)
+class Crystals:
+    """A batch of periodic units U = (L, X, a) (paper, Section 3.1).
+
+    Attributes:
+        cell: (n_systems, 3, 3), rows are lattice vectors, Å.
+        positions: (n_atoms_total, 3), Cartesian, Å; atoms may lie outside the cell.
+        atomic_numbers: (n_atoms_total,) int64, 1 … 100.
+        system_idx: (n_atoms_total,) int64, the system of each atom, non-decreasing, without gaps.
+
+    Raises:
+        ValueError: on a wrong shape, dtype or device, an empty batch, a system without atoms, an unknown element,
+            a non-finite number or a flat cell.
+    """
+
+    cell: Tensor
+    positions: Tensor
+    atomic_numbers: Tensor
+    system_idx: Tensor
+
+    def __post_init__(self) -> None:
+        n_systems, n_atoms = len(self.cell), len(self.positions)
+        if n_systems == 0:
+            raise ValueError("empty batch: Crystals needs at least one crystal")
+        expected = {
+            "cell": (n_systems, 3, 3),
+            "positions": (n_atoms, 3),
+            "atomic_numbers": (n_atoms,),
+            "system_idx": (n_atoms,),
+        }
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+            if tensor.device != self.cell.device:
+                raise ValueError(f"{name} is on {tensor.device}, but cell is on {self.cell.device}")
+        for name in ("cell", "positions"):
+            tensor = getattr(self, name)
+            if tensor.dtype not in (torch.float32, torch.float64) or tensor.dtype != self.cell.dtype:
+                raise ValueError(f"{name} is {tensor.dtype}, expected float32 or float64, the same for both")
+        for name in ("atomic_numbers", "system_idx"):
+            if getattr(self, name).dtype != torch.int64:
+                raise ValueError(f"{name} is {getattr(self, name).dtype}, expected torch.int64")
+        self._check_values()
+
+    def _check_values(self) -> None:
+        steps = torch.diff(self.system_idx)
+        counts = torch.bincount(self.system_idx.clamp(min=0), minlength=self.n_systems)
+        if (steps < 0).any() or len(counts) != self.n_systems or (counts == 0).any() or (self.system_idx < 0).any():
+            raise ValueError(f"system_idx must list every system 0 … {self.n_systems - 1} in order, each with an atom")
+        bad = (self.atomic_numbers < 1) | (self.atomic_numbers > MAX_ATOMIC_NUMBER)
+        if bad.any():
+            raise ValueError(
+                f"atomic_numbers holds {int(self.atomic_numbers[bad][0])}, expected 1 … {MAX_ATOMIC_NUMBER}"
+            )
+        if not torch.isfinite(self.cell).all() or not torch.isfinite(self.positions).all():
+            raise ValueError("cell and positions must be finite numbers in Å; found NaN or infinity")
+        volume = self.volume
+        if (volume < MIN_VOLUME).any():
+            system = int(volume.argmin())
+            raise ValueError(
+                f"cell of system {system} has volume {float(volume[system]):.3g} Å³, expected ≥ {MIN_VOLUME} Å³"
+            )
+
+    @property
+    def n_systems(self) -> int:
+        """Number of crystals in the batch."""
+        return len(self.cell)
+
+    @property
+    def n_atoms(self) -> Tensor:
+        """(n_systems,) atoms per crystal."""
+        return torch.bincount(self.system_idx, minlength=self.n_systems)
+
+    @property
+    def volume(self) -> Tensor:
+        """(n_systems,) |det L|, Å³."""
+        return torch.linalg.det(self.cell).abs()
+
+    @property
+    def density(self) -> Tensor:
+        """(n_systems,) number density ρ = N / |det L|, Å⁻³."""
+        return self.n_atoms / self.volume
+
+    @property
+    def frac_coords(self) -> Tensor:
+        """(n_atoms_total, 3) fractional coordinates, not wrapped."""
+        inverse = torch.linalg.inv(self.cell)
+        return torch.einsum("ni,nij->nj", self.positions, inverse[self.system_idx])
+
+    @property
+    def species(self) -> list[list[int]]:
+        """Atomic numbers of each crystal, in atom order."""
+        return [part.tolist() for part in torch.split(self.atomic_numbers, self.n_atoms.tolist())]
+
+    def __len__(self) -> int:
+        return self.n_systems
+
+    def replace(self, *, cell: Tensor | None = None, positions: Tensor | None = None) -> Crystals:
+        """The same atoms in another geometry.
+
+        Values are not checked again: a Monte Carlo proposal may be non-finite, and it is the sampler that rejects it.
+        """
+        new = object.__new__(Crystals)
+        object.__setattr__(new, "cell", self.cell if cell is None else cell)
+        object.__setattr__(new, "positions", self.positions if positions is None else positions)
+        object.__setattr__(new, "atomic_numbers", self.atomic_numbers)
+        object.__setattr__(new, "system_idx", self.system_idx)
+        return new
+
+    def to(self, target: torch.device | str | torch.dtype) -> Crystals:
+        """A copy on another device, or in another floating-point precision."""
+        moved = self.replace(cell=self.cell.to(target), positions=self.positions.to(target))
+        if not isinstance(target, torch.dtype):
+            object.__setattr__(moved, "atomic_numbers", self.atomic_numbers.to(target))
+            object.__setattr__(moved, "system_idx", self.system_idx.to(target))
+        return moved
+
+    def __getitem__(self, systems: int | slice | Sequence[int] | Tensor) -> Crystals:
+        """The chosen crystals, in the order given (a crystal may be chosen more than once)."""
+        all_systems = torch.arange(self.n_systems, device=self.cell.device)
+        if isinstance(systems, int):
+            systems = [systems]
+        if not isinstance(systems, slice):
+            systems = torch.as_tensor(systems, device=self.cell.device)
+        chosen = all_systems[systems]
+        counts = self.n_atoms
+        starts = torch.cumsum(counts, 0) - counts
+        atoms = ragged_arange(starts[chosen], counts[chosen])
+        system_idx = torch.repeat_interleave(torch.arange(len(chosen), device=self.cell.device), counts[chosen])
+        return Crystals(self.cell[chosen], self.positions[atoms], self.atomic_numbers[atoms], system_idx)
+
+    @classmethod
+    def cat(cls, batches: Sequence[Crystals]) -> Crystals:
+        """Join batches end to end."""
+        if not batches:
+            raise ValueError("empty batch: nothing to join")
+        offsets = np.cumsum([0, *(batch.n_systems for batch in batches)])
+        return cls(
+            torch.cat([batch.cell for batch in batches]),
+            torch.cat([batch.positions for batch in batches]),
+            torch.cat([batch.atomic_numbers for batch in batches]),
+            torch.cat([batch.system_idx + int(offset) for batch, offset in zip(batches, offsets)]),
+        )
+
+    @classmethod
+    def from_arrays(
+        cls,
+        cells: np.ndarray,
+        positions: np.ndarray,
+        species: Sequence[Sequence[int]],
+        dtype: torch.dtype = torch.float32,
+    ) -> Crystals:
+        """From cells (n_systems, 3, 3), concatenated Cartesian positions (Å) and one list of atomic numbers each."""
+        counts = torch.tensor([len(numbers) for numbers in species])
+        return cls(
+            torch.as_tensor(np.asarray(cells), dtype=dtype),
+            torch.as_tensor(np.asarray(positions), dtype=dtype),
+            torch.tensor([number for numbers in species for number in numbers], dtype=torch.int64),
+            torch.repeat_interleave(torch.arange(len(counts)), counts),
+        )
+
+    @classmethod
+    def from_structures(cls, structures: Iterable[Structure], dtype: torch.dtype = torch.float32) -> Crystals:
+        """From pymatgen structures.
+
+        Raises:
+            ValueError: naming the index of a structure that is disordered, or any error of :class:`Crystals`.
+        """
+        structures = list(structures)
+        if not structures:
+            raise ValueError("empty batch: Crystals.from_structures needs at least one structure")
+        for index, structure in enumerate(structures):
+            if not structure.is_ordered:
+                raise ValueError(
+                    f"structure {index} ({structure.formula}) has a disordered site, expected full occupancy"
+                )
+        cells = np.stack([structure.lattice.matrix for structure in structures])
+        positions = np.concatenate([structure.cart_coords for structure in structures])
+        return cls.from_arrays(cells, positions, [list(structure.atomic_numbers) for structure in structures], dtype)
+
+    def to_structures(self) -> list[Structure]:
+        """One pymatgen structure per crystal, atoms wrapped into the cell."""
+        from pymatgen.core import Lattice, Structure
+
+        counts = self.n_atoms.tolist()
+        cells = self.cell.detach().cpu().double().numpy()
+        positions = torch.split(self.positions.detach().cpu().double(), counts)
+        return [
+            Structure(Lattice(cell), numbers, xyz.numpy(), coords_are_cartesian=True, to_unit_cell=True)
+            for cell, numbers, xyz in zip(cells, self.species, positions)
+        ]
+
+
+def ragged_arange(starts: Tensor, counts: Tensor) -> Tensor:
+    """Concatenate ``arange(start, start + count)`` over all pairs, without a loop."""
+    ends = torch.cumsum(counts, 0)
+    offsets = torch.repeat_interleave(starts - (ends - counts), counts)
+    return torch.arange(int(ends[-1]) if len(ends) else 0, device=starts.device) + offsets
+
+
+def reduce_species(species: Sequence[int]) -> dict[int, int]:
+    """Reduce(a): the composition in lowest integer terms, {atomic number: count}, ordered by atomic number.
+
+    Raises:
+        ValueError: if there is no atom.
+    """
+    if not len(species):
+        raise ValueError("species is empty, expected at least one atomic number")
+    numbers, counts = np.unique(np.asarray(species), return_counts=True)
+    divisor = reduce(math.gcd, counts.tolist())
+    return {int(number): int(count) // divisor for number, count in zip(numbers, counts)}
+
+
+def expand_composition(
+    composition: dict[int, int], generator: torch.Generator, p: float = 0.5, max_atoms: int | None = None
+) -> list[int]:
+    """Expand(c): the species of m formula units, m ~ Geometric(p) on {1, 2, …} (paper, Figure 1).
+
+    Args:
+        composition: {atomic number: count}, as returned by :func:`reduce_species`.
+        generator: source of randomness, on the CPU.
+        p: success probability; the paper uses 0.5.
+        max_atoms: if given, m is truncated so that the crystal holds at most so many atoms (but m ≥ 1).
+    """
+    uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
+    multiple = 1 + int(math.log1p(-uniform) / math.log1p(-p)) if p < 1 else 1
+    n_per_unit = sum(composition.values())
+    if max_atoms is not None:
+        multiple = max(1, min(multiple, max_atoms // n_per_unit))
+    return [number for number, count in composition.items() for _ in range(count * multiple)]
+
+
+def fit_atomic_volumes(species: Sequence[Sequence[int]], volumes: Sequence[float], ridge: float = 1.0) -> np.ndarray:
+    """Volume per atom of each element, by ridge regression of the volumes per atom on the compositions.
+
+    Args:
+        species: atomic numbers of each crystal.
+        volumes: (n_crystals,) cell volumes, Å³.
+        ridge: strength of the pull to the mean volume per atom, in crystals; an element never seen has the mean.
+
+    Returns:
+        (101,) Å³ per atom, indexed by atomic number (entry 0: the mean), at least a tenth of the mean.
+
+    Raises:
+        ValueError: if the two arguments are empty or differ in length, or on a volume that is not positive.
+    """
+    volumes = np.asarray(volumes, dtype=float)
+    if len(species) == 0 or len(species) != len(volumes):
+        raise ValueError(f"species has {len(species)} entries and volumes {len(volumes)}, expected equally many, ≥ 1")
+    if not (np.isfinite(volumes) & (volumes > 0)).all():
+        raise ValueError(f"volumes holds {volumes.min()}, expected positive numbers in Å³")
+    fractions = np.stack([np.bincount(numbers, minlength=MAX_ATOMIC_NUMBER + 1) / len(numbers) for numbers in species])
+    per_atom = volumes / [len(numbers) for numbers in species]
+    mean = per_atom.mean()
+    normal = fractions.T @ fractions + ridge * np.eye(MAX_ATOMIC_NUMBER + 1)
+    deviations = np.linalg.solve(normal, fractions.T @ (per_atom - mean))
+    return np.maximum(mean + deviations, 0.1 * mean)

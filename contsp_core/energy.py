@@ -1,0 +1,234 @@
+"""The energy: a crystal graph network that is invariant to the description and continuous in the atoms (Section 4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+from torch.nn.utils.parametrizations import spectral_norm
+
+from contsp_core.crystals import MAX_ATOMIC_NUMBER, Crystals
+from contsp_core.graph import build_graph, cutoff_radius, edge_vectors
+
+try:  # without numba the same energy is computed by the plain torch path
+    from contsp_core import kernels
+except ImportError:
+    kernels = None
+
+
+@dataclass(frozen=True)
+class EnergyConfig:
+    """Settings of the energy; the defaults are the paper's for Perov-5 and MP-20."""
+
+    width: int = 32  # D, of node features and of fully connected layers
+    n_conv: int = 3
+    n_fc: int = 2  # the last one linear, to a scalar
+    n_basis: int = 32  # K
+    basis_max: float = 20.0  # Å, last centre of the distance basis
+    basis_width: float = 3.0  # s in units of the spacing of the centres
+    cutoff_multiple: float = 3.0  # R in units of (V / N)^{1/3}
+    density_weight: float = 1.0  # λ_ρ
+    reference_density: float = 0.05  # ρ₀, Å⁻³, where no atomic volumes were learned
+    spectral_norm: bool = True
+    noise_min: float | None = None  # Å; given for an energy trained at many noise levels σ
+    noise_max: float | None = None
+    strain_noise: float = 0.1  # κ, Å⁻¹: at noise level σ the cell is strained by a Gaussian of width κσ
+    n_start_cells: int = 512  # cell shapes of training crystals that chains may start from
+
+
+PRESETS: dict[str, EnergyConfig] = {
+    "perov5": EnergyConfig(),
+    "mp20": EnergyConfig(),
+    "mpts52": EnergyConfig(width=64, n_conv=6, n_fc=4, n_basis=64),
+    "carbon24": EnergyConfig(width=128, n_conv=6, n_fc=4, n_basis=128),
+}
+
+
+class GaussianBasis(nn.Module):
+    """φ_m(d) = exp(−½ ((d − μ_m) / s)²), μ evenly spaced on [0, basis_max]."""
+
+    def __init__(self, config: EnergyConfig) -> None:
+        super().__init__()
+        self.register_buffer("offset", torch.linspace(0, config.basis_max, config.n_basis))
+        self.spacing = config.basis_max / (config.n_basis - 1)
+        self.width = config.basis_width * self.spacing
+
+    def forward(self, distance: Tensor) -> Tensor:
+        """(...,) Å -> (..., K)."""
+        return torch.exp(-0.5 * ((distance[..., None] - self.offset) / self.width) ** 2)
+
+    def slope(self, distance: Tensor) -> Tensor:
+        """dφ/dd, (...,) Å -> (..., K)."""
+        return -(distance[..., None] - self.offset) / self.width**2 * self(distance)
+
+
+class ContinuousConv(nn.Module):
+    """h′_i = softplus(tanh(Σ_j m_ij) + h_i),  m_ij = w(d) σ(u) ⊙ v,  (u, v) = (W₁h_i + W₂h_j + b) ⊙ (W₃φ(d) + b₃)."""
+
+    def __init__(self, config: EnergyConfig) -> None:
+        super().__init__()
+        self.lin1 = nn.Linear(config.width, 2 * config.width)
+        self.lin2 = nn.Linear(config.width, 2 * config.width)
+        self.lin3 = nn.Linear(config.n_basis, 2 * config.width)
+
+    def forward(self, nodes: Tensor, shift: Tensor | float, messages: Callable[..., Tensor]) -> Tensor:
+        """(n_atoms, D) -> (n_atoms, D); ``messages(a, b, lin3)`` sums the messages of projected nodes."""
+        received = self.lin1(nodes) + shift
+        sent = self.lin2(nodes)
+        return softplus(torch.tanh(messages(received, sent, self.lin3)) + nodes)
+
+
+class NoiseFeatures(nn.Module):
+    """Smooth features of log σ that shift every layer, so that one network serves all noise levels."""
+
+    def __init__(self, config: EnergyConfig, n_features: int = 16) -> None:
+        super().__init__()
+        log_min, log_max = math.log(config.noise_min), math.log(config.noise_max)
+        self.register_buffer("centre", torch.linspace(log_min, log_max, n_features))
+        self.width = (log_max - log_min) / (n_features - 1)
+        self.to_conv = nn.Linear(n_features, 2 * config.width * config.n_conv)
+        self.to_readout = nn.Linear(n_features, config.width)
+
+    def forward(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """(n_systems,) Å -> shifts (n_systems, n_conv, 2 D) and (n_systems, D)."""
+        features = torch.exp(-0.5 * ((sigma.log()[:, None] - self.centre) / self.width) ** 2)
+        return self.to_conv(features).unflatten(1, (-1, 2 * self.to_readout.out_features)), self.to_readout(features)
+
+
+class ContinuousCGCNN(nn.Module):
+    """E(U) = f_θ(U) + λ_ρ ln²(ρ/ρ₀), dimensionless (paper, Section 4; eq. for E in Section 4.3).
+
+    The value does not depend on the description of the crystal (basis, images, order, supercell) nor on its
+    orientation, origin or handedness, and is continuous in the atoms: an edge comes and goes with weight and slope 0.
+
+    If the configuration has noise levels, f_θ(U) = g_θ(U, σ) / σ, evaluated at ``noise_min`` unless σ is given. Atomic
+    volumes (buffer ``atomic_volume``, Å³), where learned, replace the constant 1/ρ₀.
+    """
+
+    def __init__(self, config: EnergyConfig = EnergyConfig()) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(MAX_ATOMIC_NUMBER, config.width)
+        self.distance_expansion = GaussianBasis(config)
+        self.conv_layers = nn.ModuleList(ContinuousConv(config) for _ in range(config.n_conv))
+        layers = [nn.Linear(config.width, config.width) for _ in range(config.n_fc - 1)]
+        self.fc_layers = nn.ModuleList(spectral_norm(layer) if config.spectral_norm else layer for layer in layers)
+        self.fc_final = nn.Linear(config.width, 1)
+        self.noise_features = NoiseFeatures(config) if config.noise_max is not None else None
+        volumes = torch.full((MAX_ATOMIC_NUMBER + 1,), 1 / config.reference_density)
+        self.register_buffer("atomic_volume", volumes)
+        if config.noise_max is not None:
+            self.register_buffer("start_cells", torch.eye(3).repeat(config.n_start_cells, 1, 1))  # volume 1
+            self.register_buffer("start_n_atoms", torch.ones(config.n_start_cells, dtype=torch.int64))
+        self.use_kernels = kernels is not None
+
+    def forward(self, crystals: Crystals, sigma: Tensor | None = None) -> Tensor:
+        """(n_systems,) energies.
+
+        Args:
+            crystals: the batch.
+            sigma: (n_systems,) noise level, Å; only for an energy with noise levels.
+        """
+        if sigma is None and self.noise_features is not None:
+            sigma = torch.full_like(crystals.cell[:, 0, 0], self.config.noise_min)
+        system = crystals.system_idx
+        messages = self._messages(crystals)
+        nodes = torch.tanh(self.embedding(crystals.atomic_numbers - 1))
+        to_conv, to_readout = (None, 0.0) if sigma is None else self.noise_features(sigma)
+        for layer, conv in enumerate(self.conv_layers):
+            shift = 0.0 if to_conv is None else to_conv[:, layer].index_select(0, system)
+            nodes = conv(nodes, shift, messages)
+        summed = nodes.new_zeros(crystals.n_systems, nodes.shape[1]).index_add(0, system, nodes)
+        features = summed / crystals.n_atoms[:, None] + to_readout
+        for layer in self.fc_layers:
+            features = softplus(layer(features))
+        energy = self.fc_final(features).squeeze(1)
+        return (energy if sigma is None else energy / sigma) + self.density_term(crystals)
+
+    def density_term(self, crystals: Crystals) -> Tensor:
+        """(n_systems,) λ_ρ ln²(ρ/ρ₀), with 1/ρ₀ the mean atomic volume of the composition."""
+        volumes = self.atomic_volume.index_select(0, crystals.atomic_numbers)
+        expected = volumes.new_zeros(crystals.n_systems).index_add(0, crystals.system_idx, volumes)
+        return self.config.density_weight * torch.log(crystals.volume / expected) ** 2
+
+    def _messages(self, crystals: Crystals) -> Callable[[Tensor, Tensor, nn.Linear], Tensor]:
+        """Everything about the geometry, as a function that sums the messages of projected nodes."""
+        cutoff = cutoff_radius(crystals, self.config.cutoff_multiple)
+        if self.use_kernels and crystals.cell.device.type == "cpu":
+            return self._fused_messages(crystals, cutoff)
+        graph = build_graph(crystals, cutoff.detach())
+        distance = edge_vectors(crystals, graph).square().sum(dim=1).clamp(min=1e-24).sqrt()
+        source, target = graph.source, graph.target
+        weight = _edge_weight(distance, cutoff.index_select(0, crystals.system_idx.index_select(0, source)))[:, None]
+        basis = self.distance_expansion(distance)
+
+        def messages(received: Tensor, sent: Tensor, lin3: nn.Linear) -> Tensor:
+            total = received.new_zeros(len(received), received.shape[1] // 2)
+            edge_filter = lin3(basis)
+            for i, j in ((source, target), (target, source)):
+                gate, value = ((received.index_select(0, i) + sent.index_select(0, j)) * edge_filter).chunk(2, dim=1)
+                total = total.index_add(0, i, weight * torch.sigmoid(gate) * value)
+            return total
+
+        return messages
+
+    def _fused_messages(self, crystals: Crystals, cutoff: Tensor) -> Callable[[Tensor, Tensor, nn.Linear], Tensor]:
+        edges = kernels.build_edges(crystals, cutoff)
+        distance = kernels.edge_lengths(crystals, edges)
+        weight = _edge_weight(distance, cutoff.index_select(0, crystals.system_idx.index_select(0, edges.graph.source)))
+        # the interpolation error falls as the fourth power of spacing / s: 1e-9 for single, 1e-13 for double precision
+        basis = self.distance_expansion
+        inverse_spacing = (16 if distance.dtype == torch.float32 else 160) / basis.width
+        n_nodes = int(cutoff.detach().max() * inverse_spacing) + 3
+        grid = torch.arange(n_nodes, dtype=distance.dtype) / inverse_spacing
+        values, slopes = basis(grid), basis.slope(grid) / inverse_spacing
+
+        def messages(received: Tensor, sent: Tensor, lin3: nn.Linear) -> Tensor:
+            table = torch.cat([lin3(values), slopes @ lin3.weight.T], dim=1)
+            return kernels.message_sum(received, sent, table, distance, weight, inverse_spacing, edges)
+
+        return messages
+
+    @classmethod
+    def from_public_weights(cls, weights: Mapping[str, np.ndarray], preset: str = "perov5") -> ContinuousCGCNN:
+        """From weights named as in the public implementation, in their own precision, in evaluation mode.
+
+        Raises:
+            ValueError: on an unknown preset, or on missing, unexpected or misshapen weights.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"preset is {preset!r}, expected one of {', '.join(PRESETS)}")
+        model = cls(PRESETS[preset])
+        state = {name: torch.as_tensor(np.asarray(array)) for name, array in weights.items()}
+        dtype = next(iter(state.values())).dtype if state else torch.float32
+        own = {"atomic_volume": model.atomic_volume}
+        try:
+            model.to(dtype).load_state_dict(own | state)
+        except RuntimeError as error:
+            raise ValueError(f"weights do not fit preset {preset!r}: {' '.join(str(error).split())}") from None
+        return model.eval()
+
+
+def _edge_weight(distance: Tensor, cutoff: Tensor) -> Tensor:
+    """w(d) = 1 + cos(π d / R): zero with zero slope at R, which makes the energy continuous.
+
+    The clamp covers edges that rounding puts a hair beyond R.
+    """
+    return 1 + torch.cos(math.pi * (distance / cutoff).clamp(max=1))
+
+
+def energy_and_gradient(energy: Callable[..., Tensor], crystals: Crystals, *args) -> tuple[Tensor, Tensor, Tensor]:
+    """E (n_systems,), ∂E/∂L (n_systems, 3, 3) at fixed positions and ∂E/∂X (n_atoms_total, 3), Å⁻¹, all detached."""
+    moving = crystals.replace(
+        cell=crystals.cell.detach().requires_grad_(), positions=crystals.positions.detach().requires_grad_()
+    )
+    with torch.enable_grad():
+        value = energy(moving, *args)
+        grads = torch.autograd.grad(value.sum(), (moving.cell, moving.positions), allow_unused=True)
+    grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, (moving.cell, moving.positions))]
+    return value.detach(), *grads

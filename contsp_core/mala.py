@@ -1,0 +1,290 @@
+"""Metropolis-adjusted Langevin sampling of p(L, X | a) ∝ exp(−E / T) (paper, Section 4.4).
+
+``mala_init`` and ``mala_step`` advance a batch of independent chains; proposal, log density of the proposal and
+acceptance rule are functions of their own. Two proposals leave the same law invariant:
+
+``cartesian`` (the paper's): y′ = y − η ∇E(y) / T + √(2η) ξ on y = (L, X).
+
+``strain``: L′ = L exp(ε), x′ = x exp(ε) + δ, with ε symmetric. It acts on space instead of on a description, so the law
+of the chain on solids does not depend on the cell, the orientation or the order of the atoms.
+
+| symbol | variable                        | symbol | variable                                  |
+| ------ | ------------------------------- | ------ | ----------------------------------------- |
+| η, η_c | step_size, strain_step (per T)  | ε, δ   | strain, displacement                      |
+| T      | temperature (n_systems,)        | ∂E/∂ε  | grad_strain, at fixed fractional positions |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from contsp_core.crystals import Crystals
+from contsp_core.energy import energy_and_gradient
+from contsp_core.lattice import apply_strain, niggli
+
+Energy = Callable[[Crystals], Tensor]
+Proposal = Literal["cartesian", "strain"]
+Measure = Literal["cartesian", "invariant"]
+
+
+@dataclass(frozen=True)
+class ChainState:
+    """A batch of chains: where they are, the energy there, and its gradients.
+
+    Attributes:
+        crystals: current state, Niggli-reduced and wrapped.
+        energy: (n_systems,), dimensionless.
+        grad_strain: (n_systems, 3, 3) ∂E/∂ε of L exp(ε) at fixed fractional coordinates, for any description.
+        grad_positions: (n_atoms_total, 3) ∂E/∂X, Å⁻¹.
+        accepted: (n_systems,) bool, whether the last proposal was accepted.
+        n_nonfinite: (n_systems,) proposals so far that were rejected for a non-finite energy or gradient.
+    """
+
+    crystals: Crystals
+    energy: Tensor
+    grad_strain: Tensor
+    grad_positions: Tensor
+    accepted: Tensor
+    n_nonfinite: Tensor
+
+
+@dataclass(frozen=True)
+class Move:
+    """A proposed change: ``cell`` and ``positions`` increments (cartesian) or ``strain`` and ``positions`` (strain)."""
+
+    cell: Tensor  # (n_systems, 3, 3), Å or dimensionless strain
+    positions: Tensor  # (n_atoms_total, 3), Å
+
+
+def strain_gradient(crystals: Crystals, grad_cell: Tensor, grad_positions: Tensor) -> Tensor:
+    """(n_systems, 3, 3) ∂E/∂ε at ε = 0 of L exp(ε), X exp(ε): symmetric for a rotation-invariant energy."""
+    atoms = crystals.positions[:, :, None] * grad_positions[:, None, :]
+    return crystals.cell.mT @ grad_cell + sum_atoms(crystals, atoms)
+
+
+def cell_gradient(state: ChainState) -> Tensor:
+    """(n_systems, 3, 3) ∂E/∂L at fixed Cartesian positions, recovered for the description the state has now."""
+    atoms = state.crystals.positions[:, :, None] * state.grad_positions[:, None, :]
+    return torch.linalg.solve(state.crystals.cell.mT, state.grad_strain - sum_atoms(state.crystals, atoms))
+
+
+def sum_atoms(crystals: Crystals, per_atom: Tensor) -> Tensor:
+    """(n_atoms_total, …) -> (n_systems, …), the sum over the atoms of each crystal."""
+    return per_atom.new_zeros(crystals.n_systems, *per_atom.shape[1:]).index_add(0, crystals.system_idx, per_atom)
+
+
+def mala_init(energy: Energy, crystals: Crystals) -> ChainState:
+    """Reduce the cells, wrap the atoms and evaluate the energy and its gradients once."""
+    crystals = niggli(crystals)
+    value, grad_cell, grad_positions = energy_and_gradient(energy, crystals)
+    never = torch.zeros_like(crystals.n_atoms)
+    return ChainState(
+        crystals, value, strain_gradient(crystals, grad_cell, grad_positions), grad_positions, never.bool(), never
+    )
+
+
+def draw_move(state: ChainState, proposal: Proposal, step: Tensor, temperature: Tensor, rng: torch.Generator) -> Move:
+    """Langevin proposal: mean −η ∇E / T and variance 2η along every independent direction.
+
+    Args:
+        state: where the chains are.
+        proposal: ``cartesian`` or ``strain``.
+        step: (n_systems, 2) η of the cell (Å² or, for strain, dimensionless) and η of the positions (Å²).
+        temperature: (n_systems,) T.
+        rng: source of randomness, on the CPU.
+    """
+    mean = mean_move(state, proposal, step, temperature)
+    noise_cell = torch.randn(mean.cell.shape, generator=rng, dtype=mean.cell.dtype).to(mean.cell.device)
+    noise_positions = torch.randn(mean.positions.shape, generator=rng, dtype=mean.cell.dtype).to(mean.cell.device)
+    if proposal == "strain":  # density ∝ exp(−|ε|²/2) on symmetric matrices
+        noise_cell = (noise_cell + noise_cell.mT) / 2
+    scale = (2 * step).sqrt()
+    per_atom = scale[:, 1].index_select(0, state.crystals.system_idx)[:, None]
+    return Move(mean.cell + scale[:, 0, None, None] * noise_cell, mean.positions + per_atom * noise_positions)
+
+
+def mean_move(state: ChainState, proposal: Proposal, step: Tensor, temperature: Tensor) -> Move:
+    """The drift −η ∇E / T of :func:`draw_move`."""
+    if proposal == "cartesian":
+        gradient = cell_gradient(state)
+    elif proposal == "strain":
+        gradient = (state.grad_strain + state.grad_strain.mT) / 2
+    else:
+        raise ValueError(f"proposal is {proposal!r}, expected 'cartesian' or 'strain'")
+    drift = -step / temperature[:, None]
+    per_atom = drift[:, 1].index_select(0, state.crystals.system_idx)[:, None]
+    return Move(drift[:, 0, None, None] * gradient, per_atom * state.grad_positions)
+
+
+def log_move_density(move: Move, mean: Move, step: Tensor, crystals: Crystals) -> Tensor:
+    """(n_systems,) log q(move) = −|move − mean|² / 4η, up to a constant that is the same for the reverse move."""
+    cell = (move.cell - mean.cell).square().sum(dim=(1, 2)) / step[:, 0]
+    positions = sum_atoms(crystals, (move.positions - mean.positions).square().sum(dim=1)) / step[:, 1]
+    return -(cell + positions) / 4
+
+
+def apply_move(crystals: Crystals, move: Move, proposal: Proposal) -> Crystals:
+    """The proposed crystals, neither reduced nor wrapped."""
+    if proposal == "cartesian":
+        return crystals.replace(cell=crystals.cell + move.cell, positions=crystals.positions + move.positions)
+    strained = apply_strain(crystals, move.cell)
+    return strained.replace(positions=strained.positions + move.positions)
+
+
+def reverse_move(crystals: Crystals, move: Move, proposal: Proposal) -> Move:
+    """The move that leads back: −(ΔL, ΔX), or (−ε, −δ exp(−ε)) for strain."""
+    if proposal == "cartesian":
+        return Move(-move.cell, -move.positions)
+    back = torch.linalg.matrix_exp(-move.cell).index_select(0, crystals.system_idx)
+    return Move(-move.cell, -torch.einsum("ni,nij->nj", move.positions, back))
+
+
+def log_measure_ratio(old: Crystals, new: Crystals, proposal: Proposal, measure: Measure) -> Tensor:
+    """(n_systems,) log of the volume factors in the acceptance ratio.
+
+    A strain move preserves |det L|⁻³ dL and scales displacements by det L / det L′ per atom on the way back; a
+    Cartesian move preserves dL dX. The two measures differ by |det L|^{N+3}.
+    """
+    log_ratio = torch.log(new.volume / old.volume)
+    if proposal == "strain":
+        return 3 * log_ratio if measure == "cartesian" else -old.n_atoms * log_ratio
+    return 0 * log_ratio if measure == "cartesian" else -(old.n_atoms + 3) * log_ratio
+
+
+def metropolis(log_ratio: Tensor, rng: torch.Generator) -> Tensor:
+    """(n_systems,) bool: accept with probability min(1, exp(log_ratio)); NaN is a rejection."""
+    uniform = torch.rand(log_ratio.shape, generator=rng, dtype=torch.float64).to(log_ratio.device)
+    return uniform.log() < log_ratio
+
+
+def mala_step(
+    energy: Energy,
+    state: ChainState,
+    step: Tensor,
+    temperature: Tensor,
+    rng: torch.Generator,
+    proposal: Proposal = "cartesian",
+    measure: Measure = "cartesian",
+) -> ChainState:
+    """One Metropolis-adjusted Langevin step of every chain.
+
+    Args:
+        energy: maps a batch to (n_systems,) energies.
+        state: from :func:`mala_init` or a previous step.
+        step: (n_systems, 2) step sizes of cell and positions.
+        temperature: (n_systems,) T; chains at different stages may share a batch.
+        rng: source of randomness, on the CPU.
+        proposal: see the module's docstring.
+        measure: the base measure of the target exp(−E / T): ``cartesian`` is dL dX (the paper's), ``invariant`` is
+            |det L|⁻³ dL d(frac), which no choice of description changes.
+
+    Returns:
+        A new state. A proposal with a non-finite energy or gradient is rejected, and counted in ``n_nonfinite``.
+    """
+    old = state.crystals
+    move = draw_move(state, proposal, step, temperature, rng)
+    crystals = apply_move(old, move, proposal)
+    value, grad_cell, grad_positions = energy_and_gradient(energy, crystals)
+    grad_strain = strain_gradient(crystals, grad_cell, grad_positions)
+    proposed = replace(state, crystals=crystals, energy=value, grad_strain=grad_strain, grad_positions=grad_positions)
+    forward = log_move_density(move, mean_move(state, proposal, step, temperature), step, old)
+    back = reverse_move(old, move, proposal)
+    backward = log_move_density(back, mean_move(proposed, proposal, step, temperature), step, old)
+    log_ratio = (state.energy - value) / temperature + backward - forward
+    log_ratio = log_ratio + log_measure_ratio(old, crystals, proposal, measure)
+    accepted = metropolis(log_ratio, rng)
+    finite = torch.isfinite(log_ratio) | (log_ratio == torch.inf)
+    return _select(accepted & finite, proposed, replace(state, n_nonfinite=state.n_nonfinite + (~finite).long()))
+
+
+def _select(accepted: Tensor, new: ChainState, old: ChainState) -> ChainState:
+    """Per system: the new state where accepted, then reduced and wrapped; the old one elsewhere."""
+    atoms = accepted.index_select(0, old.crystals.system_idx)[:, None]
+    cells = accepted[:, None, None]
+    crystals = old.crystals.replace(
+        cell=torch.where(cells, new.crystals.cell, old.crystals.cell),
+        positions=torch.where(atoms, new.crystals.positions, old.crystals.positions),
+    )
+    return ChainState(
+        niggli(crystals),  # the same solid: energy, strain gradient and forces stay as they are
+        torch.where(accepted, new.energy, old.energy),
+        torch.where(cells, new.grad_strain, old.grad_strain),
+        torch.where(atoms, new.grad_positions, old.grad_positions),
+        accepted,
+        old.n_nonfinite,
+    )
+
+
+def log_spaced(first: float, last: float, n_steps: int) -> Tensor:
+    """(n_steps,) geometric schedule, both ends included, float64."""
+    return torch.logspace(math.log10(first), math.log10(last), n_steps, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class AnnealConfig:
+    """Annealed MALA; the defaults are the paper's."""
+
+    n_steps: int = 1000
+    step_first: float = 0.5  # η, Å²
+    step_last: float = 5e-4
+    temperature_first: float = 1.0
+    temperature_last: float = 1e-3
+    proposal: Proposal = "cartesian"
+    measure: Measure = "cartesian"
+    cell_step_ratio: float = 1.0  # η_c / η; the paper moves cell and atoms with one step size
+
+
+def anneal(
+    energy: Energy,
+    crystals: Crystals,
+    config: AnnealConfig,
+    rng: torch.Generator,
+    on_step: Callable[[int, ChainState], None] | None = None,
+    start: Tensor | None = None,
+) -> ChainState:
+    """Lower step size and temperature together along geometric schedules (paper, Section 4.4).
+
+    Args:
+        energy: maps a batch to (n_systems,) energies.
+        crystals: where the chains start.
+        config: schedules, proposal and measure.
+        rng: source of randomness, on the CPU.
+        on_step: called as ``on_step(index, state)`` after every step, for progress bars and records.
+        start: (n_systems,) in [0, 1), how far down its schedules each chain begins (default 0).
+    """
+    state = mala_init(energy, crystals)
+    ratio = torch.tensor([config.cell_step_ratio, 1.0]).to(crystals.cell)
+    start = torch.zeros_like(state.energy) if start is None else start.to(state.energy)
+    for index in range(config.n_steps):
+        progress = start + (1 - start) * (index / max(1, config.n_steps - 1))
+        step = config.step_first * (config.step_last / config.step_first) ** progress
+        temperature = config.temperature_first * (config.temperature_last / config.temperature_first) ** progress
+        state = mala_step(energy, state, step[:, None] * ratio, temperature, rng, config.proposal, config.measure)
+        if on_step is not None:
+            on_step(index, state)
+    return state
+
+
+def random_crystals(
+    species: Sequence[Sequence[int]], rng: torch.Generator, reference_density: float = 0.05
+) -> Crystals:
+    """The paper's start: Gaussian cell entries scaled to the reference density (Å⁻³), atoms uniform in the cell."""
+    counts = torch.tensor([len(numbers) for numbers in species])
+    scale = (counts / (2 * math.sqrt(2 / math.pi)) / reference_density) ** (1 / 3)
+    cell = scale[:, None, None] * torch.randn(len(species), 3, 3, generator=rng)
+    return uniform_atoms(cell, species, rng)
+
+
+def uniform_atoms(cell: Tensor, species: Sequence[Sequence[int]], rng: torch.Generator) -> Crystals:
+    """Atoms of the given species, uniform in the given cells (n_systems, 3, 3)."""
+    counts = torch.tensor([len(numbers) for numbers in species])
+    system_idx = torch.repeat_interleave(torch.arange(len(species)), counts)
+    frac = torch.rand(len(system_idx), 3, generator=rng)
+    numbers = torch.tensor([number for numbers in species for number in numbers])
+    return Crystals(cell, torch.einsum("ni,nij->nj", frac, cell[system_idx]), numbers, system_idx)

@@ -1,0 +1,129 @@
+"""Checks for the parameters of a notebook, so that a wrong one stops it in its first cell.
+
+papermill only warns about a parameter that the notebook does not have, and takes any value. The cell after the
+``parameters`` cell therefore reads::
+
+    from contsp_core.notebook import check_parameters
+
+    parameters = check_parameters(globals(), "dataset", "seed", "n_steps", "output_dir")
+
+and any other parameter of the notebook is declared with what it allows: ``device=("cpu", "cuda")``, ``cutoff=float``.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from contsp_core.data import DATA_DIR, DATASETS
+
+CHECKPOINTS = DATA_DIR / "checkpoints"
+INJECTED = "# Parameters\n"  # first line of the cell that papermill adds
+
+Rule = type | tuple[Any, ...] | Callable[[Any], str | None]
+
+
+def _integer_from(low: int, value: Any) -> str | None:
+    right = isinstance(value, int) and not isinstance(value, bool) and value >= low
+    return None if right else f"an integer ≥ {low}"
+
+
+def _seed(value: Any) -> str | None:
+    return _integer_from(0, value)
+
+
+def _count(value: Any) -> str | None:
+    return None if value is None else (_integer_from(1, value) and "an integer ≥ 1, or None for the default")
+
+
+def _checkpoint(value: Any) -> str | None:
+    bundled = sorted(path.stem for path in CHECKPOINTS.glob("*.safetensors"))
+    if value is None or value in bundled or (isinstance(value, str | Path) and Path(value).is_file()):
+        return None
+    return f"None, a file that exists, or a bundled checkpoint ({', '.join(bundled) or 'none here'})"
+
+
+def _folder(value: Any) -> str | None:
+    if value is None or (isinstance(value, str | Path) and str(value) and not Path(value).is_file()):
+        return None
+    return "a folder (made if missing), or None"
+
+
+# What each shared parameter allows: a tuple of values, or a function that returns what is expected of a wrong value.
+RULES: dict[str, Rule] = {
+    "dataset": DATASETS,
+    "seed": _seed,
+    "checkpoint": _checkpoint,
+    "n_structures": _count,
+    "n_samples": _count,
+    "n_steps": _count,
+    "output_dir": _folder,
+}
+
+
+def _expected(rule: Rule, value: Any) -> str | None:
+    """What is expected in place of ``value``; None if the value is right."""
+    if isinstance(rule, tuple):
+        # 1 == True in Python: compare the type too
+        right = any(value == allowed and type(value) is type(allowed) for allowed in rule)
+        return None if right else "one of " + ", ".join(str(allowed) for allowed in rule)
+    if isinstance(rule, type):
+        accepted = (int, float) if rule is float else rule
+        right = isinstance(value, accepted) and (rule is bool or not isinstance(value, bool))
+        return None if right else f"a value of type {rule.__name__}"
+    return rule(value)
+
+
+def injected_names(cells: Sequence[str]) -> list[str]:
+    """Names set by the cells that papermill added, among the sources of the cells run so far."""
+    bodies = [ast.parse(cell).body for cell in cells if cell.startswith(INJECTED)]
+    targets = [target for body in bodies for line in body if isinstance(line, ast.Assign) for target in line.targets]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def check_parameters(namespace: Mapping[str, Any], *names: str, **rules: Rule) -> dict[str, Any]:
+    """Check the parameters of a notebook before any work starts.
+
+    Args:
+        namespace: ``globals()`` in a notebook, where parameters injected by papermill are found too; or a plain
+            dictionary of parameters, in which every key must be known.
+        names: the shared parameters that this notebook has (keys of ``RULES``).
+        rules: its other parameters, each with a tuple of allowed values, a type, or a function that returns None for a
+            right value and a text of what is expected for a wrong one.
+
+    Returns:
+        The parameters, to be saved beside what they made.
+
+    Raises:
+        ValueError: in one line, on an unknown parameter (with those the notebook has) or a wrong value (with what is
+            allowed).
+    """
+    undefined = [name for name in names if name not in RULES]
+    if undefined:
+        raise ValueError(
+            f"names holds {undefined[0]!r}, expected any of {', '.join(RULES)}; declare others as name=rule"
+        )
+    known = {name: RULES[name] for name in names} | rules
+    given = injected_names(namespace["In"]) if "In" in namespace else list(namespace)
+    for name in given:
+        if name not in known:
+            raise ValueError(f"unknown parameter {name!r}, expected any of {', '.join(known)}")
+    for name, rule in known.items():
+        if name not in namespace:
+            raise ValueError(f"parameter {name!r} is missing, expected it in the parameters cell")
+        expected = _expected(rule, namespace[name])
+        if expected:
+            raise ValueError(f"{name}={namespace[name]!r}, expected {expected}")
+    return {name: namespace[name] for name in known}
+
+
+def limit_structures(structures: Sequence[Any], n_structures: int | None, seed: int = 0) -> list[Any]:
+    """A random choice of at most ``n_structures`` entries, in their original order; all of them if None."""
+    if n_structures is None or n_structures >= len(structures):
+        return list(structures)
+    chosen = np.random.default_rng(seed).choice(len(structures), size=n_structures, replace=False)
+    return [structures[int(index)] for index in sorted(chosen)]

@@ -1,0 +1,498 @@
+"""Data sets: lookup, cache, checked download, bad rows, and the bundled prototypes against independent oracles."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import gzip
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import numpy as np
+import pytest
+import spglib
+import torch
+from ase.data import reference_states
+from hypothesis import given
+from hypothesis import strategies as st
+from pymatgen.core import Lattice, Structure
+
+from contsp_core import data
+from contsp_core.crystals import Crystals
+from contsp_core.data import DATASETS, SPLITS, git_blob_id, load_split, parse_formula, resolve_species
+from contsp_core.split import Split
+
+SALT = Structure(Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+GOOD = SALT.to(fmt="cif")
+DISORDERED = Structure(Lattice.cubic(5), [{"Na": 0.5, "K": 0.5}], [[0, 0, 0]]).to(fmt="cif")
+BAD_ROWS = {
+    "no CIF": ("", "malformed CIF"),
+    "prose": ("not a crystal", "malformed CIF"),
+    "atom missing": (GOOD[: GOOD.rindex("  Cl")], "malformed CIF"),
+    "cut in a line": (GOOD[:-30], "malformed CIF"),
+    "disordered": (DISORDERED, "disordered site"),
+    "mendelevium": (GOOD.replace("Na", "Md"), "Z = 101"),
+    "flat cell": (GOOD.replace("_cell_length_a   5.64", "_cell_length_a   0.00"), "volume"),
+    "NaN coordinate": (GOOD.replace("0.50000000  0.50000000  0.50000000", "nan  0.5  0.5"), "NaN"),
+    "NaN cell": (GOOD.replace("_cell_length_a   5.64000000", "_cell_length_a   nan"), "NaN"),
+}
+
+
+def table(rows: list[tuple[str, str]], columns: tuple[str, str] = ("material_id", "cif")) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    return text.getvalue().encode()
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty data folder and an empty cache."""
+    (tmp_path / "data" / "mp20").mkdir(parents=True)
+    monkeypatch.setenv("CONTSP_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("CONTSP_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def put(folders: Path, content: bytes, name: str = "test.csv") -> Path:
+    path = folders / "data" / "mp20" / name
+    path.write_bytes(content)
+    return path
+
+
+def error_of(*args: object, kind: type[Exception] = ValueError, **kwargs: object) -> str:
+    with pytest.raises(kind) as caught:
+        load_split(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- a split is a sequence -------------------------------------------------------------------------------------------
+
+
+def test_split_gives_back_the_structures_of_the_file(folders: Path) -> None:
+    put(folders, table([("a", GOOD), ("b", SALT.copy().scale_lattice(200).to(fmt="cif"))]))
+    split = load_split("mp20", "test")
+    assert len(split) == 2
+    assert split.material_ids == ["a", "b"]
+    assert split[0].properties["material_id"] == "a"
+    assert split[-1].volume == pytest.approx(200)
+    assert np.allclose(split[0].lattice.matrix, SALT.lattice.matrix, atol=1e-8)
+    assert np.allclose(split[0].frac_coords, SALT.frac_coords, atol=1e-8)
+    assert split.species == [[11, 17], [11, 17]]
+    assert [structure.properties["material_id"] for structure in split.structures] == ["a", "b"]
+    with pytest.raises(IndexError):
+        split[2]
+
+
+def test_crystals_are_those_made_from_the_structures() -> None:
+    split = load_split("prototypes", "test")
+    expected = Crystals.from_structures(split.structures, dtype=torch.float64)
+    assert torch.equal(split.crystals.cell, expected.cell)
+    assert torch.allclose(split.crystals.positions, expected.positions, atol=1e-12)
+    assert torch.equal(split.crystals.atomic_numbers, expected.atomic_numbers)
+
+
+def test_split_cannot_be_changed() -> None:
+    split = load_split("prototypes", "val")
+    with pytest.raises(ValueError, match="read-only"):
+        split.cell[0, 0, 0] = 1.0
+    with pytest.raises(AttributeError):
+        split.name = "other"  # type: ignore[misc]
+
+
+@given(st.lists(st.integers(0, 46), max_size=6))
+def test_select_and_slice_agree_with_list_indexing(indices: list[int]) -> None:
+    split = load_split("prototypes", "val")
+    chosen = split.select(indices)
+    assert chosen.material_ids == [split.material_ids[i] for i in indices]
+    assert [len(structure) for structure in chosen] == [split.n_atoms[i] for i in indices]
+    assert [s.composition for s in chosen] == [split[i].composition for i in indices]
+    assert split[3:30:4].material_ids == split.material_ids[3:30:4]
+
+
+def test_select_names_a_bad_index() -> None:
+    with pytest.raises(ValueError, match="expected 0 … 46"):
+        load_split("prototypes", "val").select([99])
+
+
+def test_frame_has_one_row_per_crystal_and_the_other_columns() -> None:
+    frame = load_split("prototypes", "val").frame
+    assert len(frame) == 47
+    assert list(frame) == ["material_id", "n_atoms", "formula", "prototype", "spacegroup.number", "source"]
+
+
+# --- lookup and cache ------------------------------------------------------------------------------------------------
+
+
+def test_gzip_and_plain_files_give_the_same_blob_and_crystals(folders: Path) -> None:
+    content = table([("a", GOOD)])
+    put(folders, content, "val.csv")
+    put(folders, gzip.compress(content), "test.csv.gz")
+    plain, packed = load_split("mp20", "val"), load_split("mp20", "test")
+    assert plain.source.blob_id == packed.source.blob_id == git_blob_id(content)
+    assert np.array_equal(plain.positions, packed.positions)
+
+
+def test_blob_id_is_that_of_git(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"some\ncontent\n")
+    git = subprocess.run(["git", "hash-object", str(tmp_path / "file")], capture_output=True, text=True, check=True)
+    assert git.stdout.strip() == git_blob_id(b"some\ncontent\n")
+
+
+def test_second_load_comes_from_the_cache_and_is_equal(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(folders, table([("a", GOOD), ("b", "bad")]))
+    first = load_split("mp20", "test", on_error="skip")
+    monkeypatch.setattr(data, "parse_cifs", lambda *_: pytest.fail("parsed again"))
+    second = load_split("mp20", "test", on_error="skip")
+    assert np.array_equal(first.cell, second.cell)
+    assert np.array_equal(first.positions, second.positions)
+    assert first.source == second.source
+    assert first.skipped == second.skipped
+    assert "b" in error_of("mp20", "test")  # a cache made while skipping does not hide bad rows
+
+
+def test_a_changed_file_is_parsed_again(folders: Path) -> None:
+    put(folders, table([("a", GOOD)]))
+    load_split("mp20", "test")
+    put(folders, table([("a", GOOD), ("b", GOOD)]))
+    assert len(load_split("mp20", "test")) == 2
+
+
+def test_a_damaged_cache_is_made_again(folders: Path) -> None:
+    put(folders, table([("a", GOOD)]))
+    load_split("mp20", "test")
+    (cache,) = (folders / "cache").rglob("*.npz")
+    cache.write_bytes(cache.read_bytes()[:500])
+    assert len(load_split("mp20", "test")) == 1
+    assert len(Split.load(cache, "mp20", "test", "")) == 1
+
+
+def test_an_interrupted_write_leaves_no_file(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(folders, table([("a", GOOD)]))
+
+    def interrupted(file: io.BufferedWriter, **_: object) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_split("mp20", "test")
+    assert not [path for path in (folders / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_cache_that_cannot_be_written_does_not_stop_the_work(folders: Path) -> None:
+    put(folders, table([("a", GOOD)]))
+    (folders / "cache").write_text("a file where the folder should be")
+    assert len(load_split("mp20", "test")) == 1
+
+
+def test_prepared_arrays_load_without_pandas_and_pymatgen(folders: Path) -> None:
+    load_split("prototypes", "train").save(folders / "data" / "mp20" / "test.npz")
+    code = (
+        "import sys; sys.modules['pandas'] = sys.modules['pymatgen'] = None\n"
+        "from contsp_core.data import load_split; print(load_split('mp20', 'test').crystals.n_systems)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=data.DATA_DIR.parent
+    )
+    assert result.stdout.strip() == "368", result.stderr
+
+
+def test_a_foreign_npz_is_named(folders: Path) -> None:
+    np.savez(folders / "data" / "mp20" / "test.npz", something=np.zeros(3))
+    assert "test.npz is not a split written by Split.save" in error_of("mp20", "test")
+
+
+def test_note_tells_official_files_from_others(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = table([("a", GOOD)])
+    put(folders, content)
+    split = load_split("mp20", "test")
+    assert not split.source.official
+    assert "not the official file" in split.note
+    assert "\n" not in split.note
+    monkeypatch.setattr(data, "_official_blob", lambda *_: git_blob_id(content))
+    split = load_split("mp20", "test")
+    assert split.source.official
+    assert split.note == ""
+
+
+# --- download --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(folders: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A local web server in the place of the public one; the returned folder is what it serves."""
+    root = folders / "www"
+    (root / "mp_20").mkdir(parents=True)
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=root)) as http:
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        monkeypatch.setattr(data, "_url", lambda _, split: f"http://127.0.0.1:{http.server_port}/mp_20/{split}.csv")
+        yield root
+        http.shutdown()
+        thread.join()
+    with warnings.catch_warnings(action="ignore"):  # pooch leaves the socket of a failed request to be collected
+        gc.collect()
+
+
+def test_download_is_checked_kept_and_not_repeated(
+    server: Path, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = table([("a", GOOD)])
+    (server / "mp_20" / "test.csv").write_bytes(content)
+    monkeypatch.setattr(data, "_official_blob", lambda *_: git_blob_id(content))
+    split = load_split("mp20", "test")
+    assert split.source.official
+    assert Path(split.source.path).read_bytes() == content
+    monkeypatch.setattr(data, "_fetch", lambda *_: pytest.fail("downloaded again"))
+    assert load_split("mp20", "test").material_ids == ["a"]
+    next((folders / "cache").rglob("*.npz")).unlink()
+    assert load_split("mp20", "test").material_ids == ["a"]  # from the kept CSV
+
+
+def test_a_download_with_the_wrong_content_raises_and_leaves_no_file(server: Path, folders: Path) -> None:
+    (server / "mp_20" / "test.csv").write_bytes(b"something else")
+    message = error_of("mp20", "test")
+    assert git_blob_id(b"something else") in message
+    assert "133f5697e1d3fd94f9bf0ab6a3b6c5054d325955" in message
+    assert not [path for path in (folders / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_failed_download_says_where_to_put_the_file(server: Path) -> None:
+    assert "$CONTSP_DATA_DIR/mp20/val.csv" in error_of("mp20", "val", kind=ConnectionError)
+
+
+def test_urls_name_the_pinned_revision() -> None:
+    for name in DATASETS[1:]:
+        assert data._url(name, "val").startswith(
+            "https://raw.githubusercontent.com/jiaor17/DiffCSP/7121d159826efa2ba95"
+        )
+    assert data._url("perov5", "val").endswith("/data/perov_5/val.csv")
+
+
+def test_manifest_lists_every_data_set_and_split() -> None:
+    manifest = json.loads((data.DATA_DIR / "manifest.json").read_text())["datasets"]
+    assert tuple(manifest) == DATASETS
+    assert all(len(entry["splits"][split]["git_blob"]) == 40 for entry in manifest.values() for split in SPLITS)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_is_named_and_skipped_only_when_asked(
+    folders: Path, case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cif, reason = BAD_ROWS[case]
+    assert cif != GOOD
+    path = put(folders, table([("fine", GOOD), ("broken-1", cif), ("broken-2", cif)]))
+    message = error_of("mp20", "test")
+    for part in (str(path), "2 of 3", "broken-1", reason):
+        assert part in message
+    with caplog.at_level(logging.WARNING):
+        split = load_split("mp20", "test", on_error="skip")
+    assert split.material_ids == ["fine"]
+    assert [row for row, _ in split.skipped] == ["broken-1", "broken-2"]
+    assert "2 of 3" in caplog.text
+
+
+def test_no_good_row_is_an_error_even_when_skipping(folders: Path) -> None:
+    put(folders, table([("x", "bad")]))
+    assert "1 of 1" in error_of("mp20", "test", on_error="skip")
+
+
+def test_a_csv_without_cif_column_is_named_with_its_columns(folders: Path) -> None:
+    path = put(folders, table([("a", GOOD)], columns=("material_id", "structure")))
+    message = error_of("mp20", "test")
+    for part in (str(path), "'cif'", "material_id, structure"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"", "cannot be read as CSV"), (b"\xff\xfe\x00", "cannot be read as CSV"), (b"material_id,cif\n", "has no rows")],
+)
+def test_an_empty_or_unreadable_csv_is_named(folders: Path, content: bytes, expected: str) -> None:
+    path = put(folders, content)
+    message = error_of("mp20", "test")
+    assert str(path) in message
+    assert expected in message
+
+
+@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b"material_id,cif\n" * 99)[:-12]])
+def test_a_damaged_gzip_is_named(folders: Path, content: bytes) -> None:
+    path = put(folders, content, "test.csv.gz")
+    assert str(path) in error_of("mp20", "test")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("mp2020", "test"), "name='mp2020' is unknown, expected one of prototypes, perov5, mp20, mpts52, carbon24"),
+        (("mp20", "dev"), "split='dev' is unknown, expected one of train, val, test"),
+        (("mp20", "test", "ignore"), "on_error='ignore' is unknown, expected one of raise, skip"),
+    ],
+)
+def test_an_unknown_argument_is_named_with_what_is_allowed(arguments: tuple[str, ...], expected: str) -> None:
+    assert error_of(*arguments) == expected
+
+
+def test_a_data_folder_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONTSP_DATA_DIR", "/nowhere")
+    assert "CONTSP_DATA_DIR='/nowhere' is not a folder" in error_of("mp20", "test")
+
+
+# --- formulas --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("BaTiO3", [56, 22, 8, 8, 8]), ("Ca(OH)2", [20, 8, 8, 1, 1]), ("NaN", [11, 7]), ("Fm2O3", [100, 100, 8, 8, 8])],
+)
+def test_formula_is_read_in_the_order_written(text: str, expected: list[int]) -> None:
+    assert parse_formula(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", " ", "Ba0.5TiO3", "Hello", "MdO", "X2", "Ba(TiO3", "H1000001", "Na-1", None, 3])
+def test_a_bad_formula_is_quoted(text: object) -> None:
+    with pytest.raises(ValueError, match=r"^formula") as caught:
+        parse_formula(text)  # type: ignore[arg-type]
+    assert repr(text) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_species_are_formulas_or_atomic_numbers() -> None:
+    assert resolve_species(["NaCl", [56, 22, 8], np.array([1, 1])]) == [[11, 17], [56, 22, 8], [1, 1]]
+
+
+@pytest.mark.parametrize("entries", ["NaCl", [], [11, 17], [[]], [[0]], [[101]], [[1.5]], [["Na"]], [None]])
+def test_bad_species_are_quoted(entries: object) -> None:
+    with pytest.raises(ValueError, match=r"^species.* expected"):
+        resolve_species(entries)  # type: ignore[arg-type]
+
+
+# --- the bundled prototypes ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prototypes() -> list[Split]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CONTSP_DATA_DIR", raising=False)
+        return [load_split("prototypes", split) for split in SPLITS]
+
+
+def test_committed_prototypes_are_what_the_script_makes() -> None:
+    path = data.DATA_DIR / "prototypes" / "make_prototypes.py"
+    spec = spec_from_file_location("make_prototypes", path)
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for split, content in script.tables().items():
+        assert (path.parent / f"{split}.csv").read_bytes() == content, split
+        assert git_blob_id(content) == data._official_blob("prototypes", split)
+
+
+def test_prototypes_are_many_unique_and_small(prototypes: list[Split]) -> None:
+    ids = [material_id for split in prototypes for material_id in split.material_ids]
+    assert len(ids) == len(set(ids)) >= 260
+    assert all(split.note == "" for split in prototypes)
+    assert sum(path.stat().st_size for path in (data.DATA_DIR / "prototypes").glob("*.csv")) < 410_000
+    shares = np.array([len(split) for split in prototypes]) / len(ids)
+    assert np.abs(shares - [0.8, 0.1, 0.1]).max() < 0.03
+
+
+def test_polymorphs_of_a_formula_are_in_one_split(prototypes: list[Split]) -> None:
+    train, val, test = (set(split.columns["formula"]) for split in prototypes)
+    assert not train & val | train & test | val & test
+
+
+def test_prototypes_have_their_space_group_and_are_primitive(prototypes: list[Split]) -> None:
+    first = {  # one crystal of each prototype: spglib takes a tenth of a second for a cubic one
+        prototype: (structure, number)
+        for split in prototypes
+        for structure, prototype, number in zip(split, split.columns["prototype"], split.columns["spacegroup.number"])
+    }
+    for prototype, (structure, number) in first.items():
+        cell = (structure.lattice.matrix, structure.frac_coords, structure.atomic_numbers)
+        with warnings.catch_warnings(action="ignore"):  # spglib announces another way to report errors
+            dataset = spglib.get_symmetry_dataset(cell, symprec=1e-3)
+        assert dataset.number == number, prototype
+        assert dataset.mapping_to_primitive.max() + 1 == len(structure), prototype
+
+
+def test_no_two_atoms_of_a_prototype_are_too_close_and_none_is_alone(prototypes: list[Split]) -> None:
+    for split in prototypes:
+        for structure in split:
+            shortest = min(n.nn_distance for site in structure.get_all_neighbors(6.5) for n in site)
+            has_hydrogen = 1 in structure.atomic_numbers
+            assert (0.9 if has_hydrogen else 1.15) < shortest < 5.5, structure.properties["material_id"]
+
+
+def test_element_volumes_agree_with_the_reference_states_of_ase(prototypes: list[Split]) -> None:
+    compared = 0
+    for split in prototypes:
+        for structure, prototype in zip(split, split.columns["prototype"]):
+            state = reference_states[structure.atomic_numbers[0]]
+            if len(set(structure.atomic_numbers)) > 1 or not state or state["symmetry"] != prototype:
+                continue
+            edge = state["a"]
+            per_atom = {"fcc": 1 / 4, "bcc": 1 / 2, "diamond": 1 / 8, "hcp": state.get("c/a", 0) * 3**0.5 / 4}[
+                prototype
+            ]
+            expected = edge**3 * per_atom
+            assert (structure.volume / len(structure) / expected) ** (1 / 3) == pytest.approx(1, abs=0.021)
+            compared += 1
+    assert compared >= 40
+
+
+# --- the real data sets ----------------------------------------------------------------------------------------------
+
+COUNTS = {"perov5": (11356, 3787, 3785), "mp20": (5711, 714, 715), "mpts52": (3999, 500, 501)}
+
+
+@pytest.mark.usefixtures("data_dir")
+def test_perov5_is_official_complete_and_read_from_the_cache_in_three_seconds() -> None:
+    splits = [load_split("perov5", split) for split in SPLITS]
+    start = time.perf_counter()
+    splits = [load_split("perov5", split) for split in SPLITS]
+    seconds = time.perf_counter() - start
+    assert tuple(map(len, splits)) == COUNTS["perov5"]
+    assert all(split.source.official for split in splits)
+    assert seconds < 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mp20", "mpts52"])
+def test_real_data_sets_have_their_known_sizes(name: str, data_dir: Path) -> None:
+    if not (data_dir / name).is_dir():
+        pytest.skip(f"{name} is not in CONTSP_DATA_DIR")
+    assert tuple(len(load_split(name, split)) for split in SPLITS) == COUNTS[name]
+
+
+@pytest.mark.usefixtures("data_dir")
+def test_cells_agree_with_a_fresh_pymatgen_parse() -> None:
+    split = load_split("perov5", "test")
+    path = Path(os.environ["CONTSP_DATA_DIR"]) / "perov5" / "test.csv.gz"
+    rows = csv.DictReader(io.StringIO(gzip.decompress(path.read_bytes()).decode()))
+    for (index, row), _ in zip(enumerate(rows), range(5)):
+        with warnings.catch_warnings(action="ignore"):  # of coordinates rounded to fractions
+            expected = Structure.from_str(row["cif"], fmt="cif")
+        assert row["material_id"] == split.material_ids[index]
+        assert np.allclose(expected.cart_coords, split[index].cart_coords, atol=1e-10)
+        assert expected.atomic_numbers == split[index].atomic_numbers

@@ -1,0 +1,240 @@
+"""The energy equals the published one and its literal definition; its gradients equal finite differences."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from literal_energy import LiteralEnergy, directed_edges
+from strategies import make_cell
+from torch import Tensor
+
+from contsp_core import Crystals
+from contsp_core.energy import PRESETS, ContinuousCGCNN, EnergyConfig, energy_and_gradient
+from contsp_core.graph import build_graph, cutoff_radius
+
+GOLDEN_PRESETS = ("perov5", "mp20", "mpts52")
+SMALL = EnergyConfig(width=8, n_conv=2, n_fc=3, n_basis=8)
+NOISY = replace(SMALL, spectral_norm=False, noise_min=0.02, noise_max=2.0)
+PATHS = {"fused": True, "plain": False}
+
+
+def small_model(config: EnergyConfig = SMALL, dtype: torch.dtype = torch.float64, seed: int = 0) -> ContinuousCGCNN:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ContinuousCGCNN(config).to(dtype).eval()
+
+
+def random_batch(seed: int = 0, dtype: torch.dtype = torch.float64) -> Crystals:
+    """Crystals of 1 … 7 atoms in skewed, thin and left-handed cells, atoms also outside the cell."""
+    rng = np.random.default_rng(seed)
+    shapes = ["cubic", "skewed", "needle", "left-handed", "hexagonal"]
+    cells, positions, species = [], [], []
+    for shape, n_atoms in zip(shapes, (1, 3, 2, 7, 4)):
+        cell = make_cell(shape, rng)
+        cell *= (20 * n_atoms / abs(np.linalg.det(cell))) ** (1 / 3)
+        cells.append(cell)
+        positions.append(rng.uniform(-1.5, 1.5, (n_atoms, 3)) @ cell)
+        species.append(rng.integers(1, 101, n_atoms).tolist())
+    return Crystals.from_arrays(np.stack(cells), np.concatenate(positions), species, dtype)
+
+
+@lru_cache
+def golden_file(data_dir: Path) -> dict[str, np.ndarray]:
+    path = data_dir.parent / "golden" / "energy.npz"
+    if not path.is_file():
+        pytest.skip("golden/energy.npz is not beside the folder CONTSP_DATA_DIR")
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(params=GOLDEN_PRESETS)
+def golden(request, data_dir) -> tuple[ContinuousCGCNN, Crystals, dict[str, Tensor]]:
+    """The published weights, some real crystals, and what the public implementation computes for them."""
+    prefix = f"{request.param}/"
+    arrays = {name.removeprefix(prefix): a for name, a in golden_file(data_dir).items() if name.startswith(prefix)}
+    weights = {name.removeprefix("weights/"): a for name, a in arrays.items() if name.startswith("weights/")}
+    species = np.split(arrays["atomic_numbers"], np.cumsum(arrays["n_atoms"])[:-1])
+    crystals = Crystals.from_arrays(arrays["cell"], arrays["positions"], [s.tolist() for s in species], torch.float64)
+    expected = {name: torch.as_tensor(a) for name, a in arrays.items() if a.dtype.kind in "fi"}
+    return ContinuousCGCNN.from_public_weights(weights, request.param), crystals, expected
+
+
+def assert_golden(energy, crystals: Crystals, expected: dict[str, Tensor], tolerance: float) -> None:
+    for name, value in zip(("energy", "grad_cell", "grad_positions"), energy_and_gradient(energy, crystals)):
+        torch.testing.assert_close(value.double(), expected[name], rtol=tolerance, atol=tolerance, msg=lambda m: f"{m}")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_energies_and_gradients_are_the_published_ones(golden, path, dtype, tolerance):
+    model, crystals, expected = golden
+    model.use_kernels = PATHS[path]
+    assert_golden(model.to(dtype), crystals.to(dtype), expected, tolerance)
+
+
+def test_the_literal_energy_is_the_published_one(golden):
+    model, crystals, expected = golden
+    assert_golden(LiteralEnergy(model), crystals, expected, 1e-9)
+
+
+def test_the_network_without_the_density_term_is_the_published_one(golden):
+    model, crystals, expected = golden
+    network = (model(crystals) - model.density_term(crystals)).detach()
+    torch.testing.assert_close(network, expected["energy_without_density_term"], rtol=1e-9, atol=1e-9)
+
+
+def test_edge_counts_are_the_published_ones(golden):
+    """A neighbour at the cutoff to the last bit may count or not: its weight is zero."""
+    _, crystals, expected = golden
+    for scale, compare in ((1 - 1e-9, torch.le), (1 + 1e-9, torch.ge)):
+        graph = build_graph(crystals, scale * cutoff_radius(crystals)).directed()
+        counts = torch.bincount(crystals.system_idx[graph.source], minlength=crystals.n_systems)
+        assert compare(counts, expected["n_directed_edges"]).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, n_fc=1), replace(SMALL, spectral_norm=False)], ids=str)
+def test_the_energy_is_its_literal_definition(path, config):
+    model, crystals = small_model(config), random_batch()
+    model.use_kernels = PATHS[path]
+    for value, literal in zip(energy_and_gradient(model, crystals), energy_and_gradient(LiteralEnergy(model), crystals)):
+        torch.testing.assert_close(value, literal, rtol=1e-9, atol=1e-10)
+
+
+def test_the_literal_edges_are_symmetric():
+    crystals = random_batch()
+    i, j, k = (column.tolist() for column in directed_edges(crystals, cutoff_radius(crystals)))
+    edges = {(a, b, *map(int, image)) for a, b, image in zip(i, j, k)}
+    assert len(edges) == len(i)
+    assert edges == {(b, a, -x, -y, -z) for a, b, x, y, z in edges}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("config", [SMALL, NOISY], ids=["one level", "noise levels"])
+def test_gradients_are_finite_differences(path, config):
+    model, crystals = small_model(config), random_batch()[[1, 2]]
+    model.use_kernels = PATHS[path]
+    sigma = None if config is SMALL else torch.tensor([0.1, 0.9], dtype=torch.float64)
+
+    def energy(cell: Tensor, positions: Tensor) -> Tensor:
+        return model(crystals.replace(cell=cell, positions=positions), sigma)
+
+    inputs = (crystals.cell.clone().requires_grad_(), crystals.positions.clone().requires_grad_())
+    assert torch.autograd.gradcheck(energy, inputs, eps=1e-5, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [SMALL, NOISY], ids=["one level", "noise levels"])
+def test_second_derivatives_of_the_plain_path_are_finite_differences(config):
+    model, crystals = small_model(config), random_batch()[[2]]
+    model.use_kernels = False
+    positions = crystals.positions.clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: model(crystals.replace(positions=x)), positions, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [SMALL, NOISY], ids=["one level", "noise levels"])
+def test_both_paths_agree_in_value_and_in_every_gradient(config):
+    model, crystals = small_model(config), random_batch()
+    arguments = () if config is SMALL else (torch.logspace(-1.5, 0.2, crystals.n_systems, dtype=torch.float64),)
+    weights = torch.linspace(-1, 2, crystals.n_systems, dtype=torch.float64)
+    results = {}
+    for path, fused in PATHS.items():
+        model.use_kernels = fused
+        cell = crystals.cell.clone().requires_grad_()
+        positions = crystals.positions.clone().requires_grad_()
+        value = model(crystals.replace(cell=cell, positions=positions), *arguments)
+        inputs = {"cell": cell, "positions": positions} | dict(model.named_parameters())
+        grads = torch.autograd.grad((weights * value).sum(), inputs.values())
+        results[path] = {"value": value.detach()} | dict(zip(inputs, grads))
+    for name, value in results["fused"].items():
+        torch.testing.assert_close(value, results["plain"][name], rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_noisy_energy_is_the_network_over_sigma_plus_the_density_term():
+    """With its noise features at zero the network does not see σ, so only the factor 1/σ is left."""
+    model, crystals = small_model(NOISY), random_batch()
+    for layer in (model.noise_features.to_conv, model.noise_features.to_readout):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    network = LiteralEnergy(model)(crystals) - model.density_term(crystals)
+    for sigma in (0.05, 1.7):
+        value = model(crystals, torch.full((len(crystals),), sigma, dtype=torch.float64))
+        torch.testing.assert_close(value, network / sigma + model.density_term(crystals))
+
+
+def test_a_noisy_energy_is_evaluated_at_its_lowest_level_by_default():
+    model, crystals = small_model(NOISY), random_batch()
+    lowest = torch.full((len(crystals),), NOISY.noise_min, dtype=torch.float64)
+    torch.testing.assert_close(model(crystals), model(crystals, lowest), rtol=0, atol=0)
+
+
+def test_the_density_term_uses_the_volumes_of_the_elements():
+    model, crystals = small_model(), random_batch()
+    model.atomic_volume.copy_(torch.linspace(10, 30, 101))
+    expected = [
+        math.log(float(volume) / sum(10 + 0.2 * number for number in numbers)) ** 2
+        for volume, numbers in zip(crystals.volume, crystals.species)
+    ]
+    np.testing.assert_allclose(model.density_term(crystals).numpy(), expected, rtol=1e-6)
+
+
+def test_an_isolated_atom_in_a_wide_cell_has_an_energy():
+    """A cutoff too small for any edge leaves the embedding and the density term."""
+    model = small_model(replace(SMALL, cutoff_multiple=0.5))
+    crystals = Crystals.from_arrays(10 * np.eye(3)[None], np.zeros((1, 3)), [[26]], torch.float64)
+    for fused in PATHS.values():
+        model.use_kernels = fused
+        value, *grads = energy_and_gradient(model, crystals)
+        torch.testing.assert_close(value, LiteralEnergy(model)(crystals))
+        assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+def test_two_atoms_at_one_point_have_a_finite_gradient():
+    crystals = Crystals.from_arrays(4 * np.eye(3)[None], np.ones((2, 3)), [[11, 17]], torch.float64)
+    for fused in PATHS.values():
+        model = small_model()
+        model.use_kernels = fused
+        value, *grads = energy_and_gradient(model, crystals)
+        assert torch.isfinite(value).all() and all(torch.isfinite(grad).all() for grad in grads)
+
+
+def test_energy_and_gradient_leaves_no_trace():
+    model, crystals = small_model(), random_batch()
+    value, *grads = energy_and_gradient(model, crystals)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(tensor.requires_grad for tensor in (value, *grads, crystals.cell, crystals.positions))
+    zero = energy_and_gradient(lambda crystals: crystals.volume, crystals)[2]
+    assert zero.shape == crystals.positions.shape and not zero.any()  # an energy that ignores the atoms
+
+
+def public_weights() -> dict[str, np.ndarray]:
+    state = ContinuousCGCNN(PRESETS["perov5"]).state_dict()
+    return {name: tensor.numpy() for name, tensor in state.items() if name != "atomic_volume"}
+
+
+def test_public_weights_keep_their_precision_and_come_in_evaluation_mode():
+    model = ContinuousCGCNN.from_public_weights({k: v.astype(np.float64) for k, v in public_weights().items()})
+    assert next(model.parameters()).dtype == torch.float64
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("change", "preset", "message"),
+    [
+        ({}, "perovskite", "preset is 'perovskite', expected one of perov5, mp20, mpts52, carbon24"),
+        ({"embedding.weight": None}, "perov5", "Missing key.*embedding.weight"),
+        ({"pooling.weight": np.zeros(3)}, "perov5", "Unexpected key.*pooling.weight"),
+        ({"fc_final.bias": np.zeros(2)}, "perov5", "size mismatch for fc_final.bias"),
+        ({}, "mpts52", "weights do not fit preset 'mpts52'"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_in_one_line(change, preset, message):
+    weights = {name: value for name, value in (public_weights() | change).items() if value is not None}
+    with pytest.raises(ValueError, match=message) as error:
+        ContinuousCGCNN.from_public_weights(weights, preset)
+    assert "\n" not in str(error.value)

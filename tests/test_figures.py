@@ -1,0 +1,172 @@
+"""Figures: what is drawn is what was given. No pixel is compared; positions, counts and labels are."""
+
+from __future__ import annotations
+
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from pymatgen.core import Lattice, Structure
+
+from contsp_core import figures
+from contsp_core.drawing import EDGE_PIECES, SHADES, boundary_atoms, crystal_marks, view_rotation
+
+PEROVSKITE = Structure(
+    Lattice.cubic(3.905),
+    ["Sr", "Ti", "O", "O", "O"],
+    [[0, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]],
+)
+ROCK_SALT = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+
+
+def displacement_table() -> pd.DataFrame:
+    rows = [("perov5", "BaTiO3"), ("perov5", "SrTiO3"), ("mp20", "NaCl")]
+    parts = [pd.DataFrame({"displacement": [0.0, 0.1], "energy": [-1.0, -0.9]}) for _ in rows]
+    return pd.concat([part.assign(dataset=d, material=m) for part, (d, m) in zip(parts, rows)])
+
+
+@pytest.mark.parametrize(("structure", "counts"), [(PEROVSKITE, [8, 1, 6]), (ROCK_SALT, [14, 13])])
+def test_boundary_atoms_complete_the_textbook_cell(structure, counts):
+    frac_coords, index = boundary_atoms(structure)
+    numbers = np.array(structure.atomic_numbers)
+    assert [(numbers[index] == z).sum() for z in dict.fromkeys(numbers)] == counts
+    shift = frac_coords - structure.frac_coords[index]
+    np.testing.assert_allclose(shift, np.round(shift), atol=1e-12)
+
+
+def test_boundary_atoms_do_not_depend_on_the_image_or_on_rounding():
+    noise = np.array([[1e-9, -1e-9, 3 - 1e-9]])
+    shifted = Structure(PEROVSKITE.lattice, PEROVSKITE.species, PEROVSKITE.frac_coords + noise)
+    assert len(boundary_atoms(shifted)[0]) == 15
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_view_is_a_proper_rotation_so_that_handedness_is_shown(sign):
+    cell = np.random.default_rng(0).normal(size=(3, 3))
+    cell[2] *= sign * np.sign(np.linalg.det(cell))
+    rotation = view_rotation(cell)
+    np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-12)
+    assert np.linalg.det(rotation) == pytest.approx(1)
+    assert (cell @ rotation)[2, 1] > 0  # the third lattice vector points up
+
+
+def test_crystal_picture_has_a_sphere_for_each_drawn_atom_and_twelve_edges():
+    marks = crystal_marks(PEROVSKITE)
+    assert sum(mark.face == "none" for mark in marks) == 12 * EDGE_PIECES
+    assert sum(mark.face != "none" for mark in marks) == 15 * len(SHADES)
+    ax = figures.draw_crystal(PEROVSKITE).axes[0]
+    assert len(ax.collections[0].get_paths()) == len(marks)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["Sr", "Ti", "O"]
+    assert ax.get_title() == "SrTiO$_{3}$"
+
+
+def test_crystal_picture_is_painted_from_back_to_front():
+    marks = crystal_marks(PEROVSKITE, azimuth=0, elevation=0)  # seen along +b
+    depths = [mark.depth for mark in marks]
+    assert depths == sorted(depths)
+    spheres = [mark for mark in marks if mark.line_width == 0.5]
+    strontium = max(mark.path.get_extents().width for mark in spheres)
+    corners = [mark.depth for mark in spheres if mark.path.get_extents().width > 0.99 * strontium]
+    np.testing.assert_allclose(np.diff(corners), [0, 0, 0, 3.905, 0, 0, 0], atol=1e-9)
+
+
+def test_grid_of_crystals_draws_each_one():
+    figure = figures.draw_crystals([PEROVSKITE, ROCK_SALT] * 3, titles=list("abcdef"), n_columns=4)
+    assert [ax.get_title() for ax in figure.axes if ax.collections] == list("abcdef")
+    with pytest.raises(ValueError, match="titles has 1 entries"):
+        figures.draw_crystals([PEROVSKITE, ROCK_SALT], titles=["a"])
+    with pytest.raises(ValueError, match="structures is empty"):
+        figures.draw_crystals([])
+
+
+def test_interactive_view_shows_the_cell_and_the_boundary_atoms():
+    view = figures.view_crystal(PEROVSKITE)
+    assert type(view).__name__ == "NGLWidget"
+    assert any("unitcell" in str(message) for message in view._ngl_msg_archive)
+    assert view._ngl_full_stage_parameters is not None
+
+
+def test_interactive_view_falls_back_to_a_picture(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "nglview", None)
+    assert isinstance(figures.view_crystal(PEROVSKITE), Figure)
+
+
+def test_training_curves_draw_the_quantities_that_are_there():
+    history = pd.DataFrame({"update": [0, 1], "energy_real": [1, 0], "energy_sample": [1, 0.5], "loss": [0, -0.5]})
+    figure = figures.training_curves(history)
+    drawn = [ax for ax in figure.axes if ax.lines]
+    assert len(drawn) == 2
+    np.testing.assert_array_equal(drawn[1].lines[-1].get_ydata(), history["loss"])
+    with pytest.raises(ValueError, match="expected any of"):
+        figures.training_curves(pd.DataFrame({"x": [1]}))
+
+
+def test_displacement_figure_has_one_row_for_each_dataset():
+    figure = figures.displacement_energy(displacement_table())
+    titles = [ax.get_title() for ax in figure.axes if ax.collections]
+    assert titles == ["BaTiO3", "SrTiO3", "NaCl"]
+    assert figure.axes[0].get_gridspec().get_geometry() == (2, 2)
+    assert len(figures.displacement_energy_plotly(displacement_table()).data) == 3
+
+
+def test_match_rate_is_drawn_in_percent_with_its_interval():
+    curve = pd.DataFrame({"k": [1, 2], "match_rate": [0.2, 0.4], "low": [0.1, 0.3], "high": [0.3, 0.5]})
+    ax = figures.match_rate_figure(curve).axes[0]
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [20, 40])
+    assert len(ax.collections) == 1
+
+
+def test_rmse_histogram_counts_each_matched_crystal_once():
+    ax = figures.rmse_histogram(pd.DataFrame({"rms_best": [0.1, 0.2, np.nan, 0.7]})).axes[0]
+    assert sum(patch.get_height() for patch in ax.patches) == 3
+    assert ax.get_title() == "3 of 4 matched"
+    assert figures.rmse_histogram(pd.DataFrame({"rms_best": [np.nan]})).axes[0].get_title() == "0 of 1 matched"
+
+
+def test_energy_comparison_separates_matches():
+    ax = figures.energy_comparison([0, 1, 2], [0.5, 1, 1], matched=[True, False, True]).axes[0]
+    assert [len(part.get_offsets()) for part in ax.collections] == [2, 1]
+    with pytest.raises(ValueError, match="sample_energy has shape"):
+        figures.energy_comparison([0, 1], [0])
+
+
+def test_continuity_is_drawn_on_log_axes_without_zeros():
+    profile = pd.DataFrame({"delta": [1e-3, -1e-2, 1e-4], "change": [3e-3, 3e-2, 0.0]})
+    ax = figures.continuity_figure({"energy": profile}).axes[0]
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    np.testing.assert_allclose(ax.lines[0].get_xdata(), [1e-3, 1e-2])
+
+
+def test_energy_profile_does_not_join_the_two_sides_of_a_jump():
+    profile = pd.DataFrame({"delta": [-0.2, -0.1, 0.1, 0.2], "energy": [0.0, 0.0, 1.0, 1.0]})
+    figure = figures.energy_profile({"CGCNN": profile, "continuous": profile})
+    assert [ax.get_title() for ax in figure.axes] == ["CGCNN", "continuous"]
+    below, above = figure.axes[0].lines[:2]
+    assert max(below.get_xdata()) < 0 < min(above.get_xdata())
+
+
+def test_missing_columns_are_named():
+    with pytest.raises(ValueError, match=r"expected also \['match_rate'\]"):
+        figures.match_rate_figure(pd.DataFrame({"k": [1]}))
+    with pytest.raises(ValueError, match="table is empty"):
+        figures.rmse_histogram(pd.DataFrame({"rms_best": []}))
+
+
+def test_saved_figure_has_its_parameters_beside_it_and_the_same_bytes_twice(tmp_path):
+    parameters = {"dataset": "prototypes", "seed": 0}
+    table = pd.DataFrame({"rms_best": [0.1, 0.2]})
+    paths = [figures.save_figure(figures.rmse_histogram(table), tmp_path / n / "a.png", parameters) for n in "xy"]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert json.loads(paths[0].with_suffix(".json").read_text()) == parameters
+    with pytest.raises(ValueError, match=r"ends in \.png"):
+        figures.save_figure(figures.rmse_histogram(table), tmp_path / "a.pdf", parameters)
+
+
+def test_drawing_leaves_no_open_figure_and_no_changed_setting():
+    before = dict(plt.rcParams)
+    figures.rmse_histogram(pd.DataFrame({"rms_best": [0.1]}))
+    assert plt.get_fignums() == []
+    assert dict(plt.rcParams) == before

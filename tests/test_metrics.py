@@ -1,0 +1,364 @@
+"""Known answers for the scores of crystal structure prediction."""
+
+import ctypes
+import itertools
+import math
+import os
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from pymatgen.core import Lattice, Structure
+
+from contsp_core import matching
+from contsp_core.metrics import (
+    bootstrap_interval,
+    evaluate_csp,
+    is_charge_neutral,
+    is_valid_structure,
+    match_rate_curve,
+    run_with_time_limit,
+    score_pair,
+    summarise,
+)
+
+
+def face_centred(a, elements, coords):
+    return Structure(Lattice(a / 2 * (1 - np.eye(3))), elements, coords)
+
+
+def rock_salt(a=5.64):
+    return face_centred(a, ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+
+
+def silicon(a=5.43):
+    return face_centred(a, ["Si", "Si"], [[0, 0, 0], [0.25, 0.25, 0.25]])
+
+
+def cesium_chloride(a=3.5):
+    return Structure(Lattice.cubic(a), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+
+
+def perovskite(a=4.0):
+    coords = [[0, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
+    return Structure(Lattice.cubic(a), ["Ba", "Ti", "O", "O", "O"], coords)
+
+
+def with_energy(structure, energy):
+    structure = structure.copy()
+    structure.properties["energy"] = energy
+    return structure
+
+
+def evaluate(*args, **kwargs):
+    return evaluate_csp(*args, n_jobs=1, progress=False, **kwargs)
+
+
+def test_identical_structures_match_with_no_displacement():
+    for structure in (rock_salt(), perovskite(), silicon()):
+        rms, strict, valid = score_pair(structure, structure)
+        assert rms == pytest.approx(0, abs=1e-7)
+        assert (strict, valid) == (True, True)
+
+
+def test_descriptions_of_one_solid_match():
+    rng = np.random.default_rng(0)
+    reference = perovskite()
+    rotated = reference.copy()
+    rotated.lattice = Lattice(reference.lattice.matrix @ np.linalg.qr(rng.normal(size=(3, 3)))[0])
+    rotated.make_supercell([[1, 1, 0], [0, 1, 3], [1, 0, 1]])  # four cells, skewed
+    rotated.translate_sites(range(len(rotated)), [0.1, 0.2, 0.3])
+    assert score_pair(rotated, reference)[0] == pytest.approx(0, abs=1e-5)
+
+
+def test_volume_alone_does_not_matter():
+    assert score_pair(perovskite(4.6), perovskite(4.0))[0] == pytest.approx(0, abs=1e-7)
+
+
+def test_a_known_displacement_gives_its_rms():
+    """An atom moved by d among N: after removal of the mean shift, rms = d sqrt(1/N − 1/N²) over (V/N)^(1/3)."""
+    reference, shift = perovskite(), 0.2
+    moved = reference.copy()
+    moved.translate_sites([0], [0, 0, shift], frac_coords=False)
+    n = len(reference)
+    expected = shift * math.sqrt(1 / n - 1 / n**2) / (reference.volume / n) ** (1 / 3)
+    assert score_pair(moved, reference)[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_scores_do_not_depend_on_the_reduction_of_cells():
+    """Against the matcher itself, without the preceding LLL reduction."""
+    rng, matcher = np.random.default_rng(1), matching.StructureMatcher(stol=0.5, ltol=0.3, angle_tol=10)
+    for amplitude in (0.1, 0.5, 0.9):
+        prediction = perovskite()
+        prediction.perturb(amplitude)
+        prediction.apply_strain(rng.normal(size=3) * 0.05)
+        expected = matcher.get_rms_dist(prediction, perovskite())
+        rms = score_pair(prediction, perovskite())[0]
+        assert math.isnan(rms) if expected is None else rms == pytest.approx(expected[0], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "other", [cesium_chloride(), perovskite(), Structure(Lattice.cubic(0.1), ["Na", "Cl"], np.eye(3)[:2])]
+)
+def test_other_structures_compositions_and_absurd_volumes_do_not_match(other):
+    assert math.isnan(score_pair(other, rock_salt())[0])
+
+
+def test_strict_tolerances_reject_a_strained_cell():
+    strained = cesium_chloride()
+    strained.lattice = Lattice.from_parameters(3.5, 3.5, 3.5, 90, 90, 82)
+    rms, strict, _ = score_pair(strained, cesium_chloride())
+    assert math.isfinite(rms)
+    assert not strict
+
+
+@pytest.mark.parametrize(
+    ("formula", "neutral"),
+    [
+        ("NaCl", True),
+        ("Fe", True),  # one element
+        ("Cu3Au", True),  # metals only
+        ("BaTiO3", True),
+        ("NaCl2", False),
+        ("Na3Cl", False),
+        ("LiF3", False),
+        ("MgAr", False),  # argon has no oxidation state
+    ],
+)
+def test_charge_neutrality_of_textbook_compositions(formula, neutral):
+    assert is_charge_neutral(formula) is neutral
+
+
+def test_validity_has_the_limits_of_cdvae():
+    def pair_at(distance):
+        return Structure(Lattice.cubic(4), ["Na", "Cl"], [[0, 0, 0], [0, 0, distance]], coords_are_cartesian=True)
+
+    assert is_valid_structure(pair_at(0.51))
+    assert not is_valid_structure(pair_at(0.49))
+    assert not is_valid_structure(pair_at(3.51))  # 0.49 Å from the next image
+    chlorine_rich = Structure(Lattice.cubic(4), ["Na", "Cl", "Cl"], [[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5]])
+    assert not is_valid_structure(chlorine_rich)
+    assert is_valid_structure(chlorine_rich, charge_neutrality=False)
+    assert is_valid_structure(Structure(Lattice.cubic(0.47), ["Fe"], [[0, 0, 0]]))  # 0.104 Å³; own images do not count
+    assert not is_valid_structure(Structure(Lattice.cubic(0.46), ["Fe"], [[0, 0, 0]]))  # 0.097 Å³
+    assert not is_valid_structure(Structure(Lattice.cubic(4), ["Fe"], [[math.nan, 0, 0]]))
+
+
+def test_summary_of_a_hand_made_case():
+    small = perovskite()
+    small.translate_sites([0], [0, 0, 0.2], frac_coords=False)
+    references = [perovskite(), rock_salt(), silicon()]
+    predictions = [
+        [with_energy(small, 1.0), with_energy(perovskite(), 2.0)],  # match, better match
+        [with_energy(cesium_chloride(), 5.0), with_energy(rock_salt(), -1.0)],  # no match, match
+        [with_energy(rock_salt(), 0.0), with_energy(rock_salt(), 0.0)],  # other composition
+    ]
+    summary, table = evaluate(references, predictions, material_ids=["a", "b", "c"])
+    rms = score_pair(small, perovskite())[0]
+    expected = {
+        "match_rate@1": 1 / 3,
+        "rmse@1": rms,
+        "crmse@1": (rms + 0.5 + 0.5) / 3,
+        "match_rate@2": 2 / 3,
+        "match_rate": 2 / 3,
+        "rmse@2": 0.0,
+        "crmse@2": 0.5 / 3,
+        "match_rate_random@1": (1 + 0.5) / 3,
+        "match_rate_lowest_energy": 2 / 3,
+        "rmse_lowest_energy": rms / 2,
+        "match_rate_strict@2": 2 / 3,
+        "metre@2": 2 / 3,
+        "space_group_agreement": 1.0,
+        "n_references": 3,
+        "n_predictions": 6,
+        "n_samples": 2,
+        "n_timed_out": 0,
+        "n_invalid": 0,
+        "n_wrong_composition": 2,
+    }
+    assert {name: summary[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert list(table.index) == ["a", "b", "c"]
+    assert table["best_index"].tolist() == [1, 1, -1]
+    assert table["matched@1"].tolist() == [True, False, False]
+    assert str(summarise(table)) == str(summary)  # of strings, since NaN differs from itself
+
+
+def test_invalid_samples_count_in_one_column_and_not_in_the_other():
+    reference = Structure(Lattice.cubic(3), ["H", "H"], [[0, 0, 0], [0.16, 0, 0]])  # 0.48 Å apart
+    summary, table = evaluate([reference, perovskite()], [[reference], [perovskite()]])
+    assert summary["match_rate@1"] == 1
+    assert summary["match_rate_structure_valid@1"] == summary["match_rate_valid@1"] == 0.5
+    assert table["n_invalid"].tolist() == [1, 0]
+    charged = Structure(
+        Lattice.cubic(3.5), ["Na", "Na", "Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
+    )
+    summary, _ = evaluate([charged], [[charged]])
+    assert (summary["match_rate_structure_valid@1"], summary["match_rate_valid@1"]) == (1, 0)
+
+
+def test_metre_forgives_the_order_of_polymorphs():
+    """Two polymorphs, each predicted for the other: no match by index, all by METRe."""
+    references, predictions = [rock_salt(), cesium_chloride()], [[cesium_chloride()], [rock_salt()]]
+    summary, _ = evaluate(references, predictions)
+    assert summary["match_rate@1"] == 0
+    assert summary["crmse@1"] == 0.5
+    assert summary["metre@1"] == 1
+    assert summary["metre_crmse@1"] == pytest.approx(0, abs=1e-7)
+    # one polymorph predicted twice: METRe rewards variety
+    summary, _ = evaluate(references, [[rock_salt()], [rock_salt()]])
+    assert summary["metre@1"] == summary["match_rate@1"] == 0.5
+    summary, _ = evaluate(references, predictions, metre=False)
+    assert math.isnan(summary["metre@1"])
+
+
+def test_metre_at_k_uses_the_first_k_of_each():
+    references = [rock_salt(), cesium_chloride()]
+    summary, _ = evaluate(references, [[rock_salt(), cesium_chloride()], [rock_salt(), rock_salt()]])
+    assert (summary["metre@1"], summary["metre@2"]) == (0.5, 1.0)
+
+
+def test_fewer_predictions_than_k_or_none_are_allowed():
+    summary, table = evaluate([rock_salt(), perovskite(), silicon()], [[rock_salt()], [], [rock_salt(), silicon()]])
+    assert summary["match_rate@2"] == pytest.approx(2 / 3)
+    assert table["n_predictions"].tolist() == [1, 0, 2]
+    assert match_rate_curve(table)["match_rate"].tolist() == pytest.approx([0.5, 2 / 3])
+    assert math.isnan(summary["match_rate_lowest_energy"])
+
+
+# Time limit
+
+
+def hang_in_compiled_code(seconds):
+    """Sleeps in C and keeps the interpreter lock: no signal handler, timer or thread of Python can run."""
+    if seconds:
+        ctypes.PyDLL(None).sleep(seconds)
+    return os.getpid()
+
+
+def test_a_worker_stuck_in_compiled_code_is_killed_and_replaced():
+    tasks = [(60 if number in (0, 5) else 0,) for number in range(20)]
+    start = time.monotonic()
+    results = run_with_time_limit(hang_in_compiled_code, tasks, n_jobs=2, time_limit_s=0.5, progress=False)
+    assert time.monotonic() - start < 10
+    assert [number for number, result in enumerate(results) if result is None] == [0, 5]
+    assert all(result != os.getpid() for result in results)
+    for pid in {result for result in results if result}:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def die(number):
+    if number == 3:
+        os._exit(1)
+    return number
+
+
+def test_a_worker_that_dies_costs_one_task():
+    results = run_with_time_limit(die, [(number,) for number in range(10)], n_jobs=1, progress=False)
+    assert results == [0, 1, 2, None, 4, 5, 6, 7, 8, 9]
+
+
+def test_an_error_in_a_task_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        run_with_time_limit(divmod, [(1, 1), (1, 0)], n_jobs=1, progress=False)
+
+
+def test_a_hanging_matcher_is_no_match_and_is_counted(monkeypatch):
+    get_rms_dist = matching.StructureMatcher.get_rms_dist
+
+    def hang_on_perovskites(self, first, second):
+        if len(second) == 5:
+            ctypes.PyDLL(None).sleep(60)
+        return get_rms_dist(self, first, second)
+
+    monkeypatch.setattr(matching.StructureMatcher, "get_rms_dist", hang_on_perovskites)
+    references = [rock_salt(), perovskite(), silicon()]
+    summary, table = evaluate(references, [[structure] * 2 for structure in references], time_limit_s=1.0)
+    assert summary["match_rate@1"] == pytest.approx(2 / 3)
+    assert summary["n_timed_out"] == summary["n_invalid"] == 2
+    assert table["n_timed_out"].tolist() == [0, 2, 0]
+
+
+# Intervals and curves
+
+
+def test_bootstrap_intervals_cover_a_known_rate():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for seed in range(300):
+        low, high = bootstrap_interval(rng.random(100) < 0.3, seed=seed, n_resamples=300)
+        covered += low <= 0.3 <= high
+    assert 0.90 <= covered / 300 <= 0.99  # 95 % nominal; 3.9 standard errors below, and the discreteness of counts
+
+
+def test_bootstrap_interval_has_the_width_of_the_normal_one_and_skips_nan():
+    values = np.tile([0.0, 1.0, 1.0, np.nan], 250)
+    low, high = bootstrap_interval(values, seed=0, n_resamples=3000)
+    half_width = 1.96 * math.sqrt(2 / 9 / 750)
+    assert (low, high) == pytest.approx((2 / 3 - half_width, 2 / 3 + half_width), abs=0.15 * half_width)
+    assert bootstrap_interval(values, seed=1) == bootstrap_interval(values, seed=1)
+    assert bootstrap_interval(np.ones(5)) == (1, 1)
+    assert all(map(math.isnan, bootstrap_interval([np.nan])))
+
+
+def table_of(rms, energy=None):
+    return pd.DataFrame(
+        {
+            "rms": rms,
+            "energy": energy or [[math.nan] * len(row) for row in rms],
+            "n_predictions": [len(row) for row in rms],
+        }
+    )
+
+
+def test_the_curve_in_random_order_equals_the_mean_over_all_subsets():
+    rng = np.random.default_rng(0)
+    rms = [np.where(rng.random(6) < share, rng.random(6), math.nan).tolist() for share in (0, 0.2, 0.5, 1)]
+    curve = match_rate_curve(table_of(rms))
+    for k in range(1, 7):
+        best = np.array(
+            [[np.nan_to_num(subset, nan=9.0).min() for subset in itertools.combinations(row, k)] for row in rms]
+        )
+        matched = best < 9
+        assert curve["match_rate"][k - 1] == pytest.approx(matched.mean())
+        assert curve["rmse"][k - 1] == pytest.approx(best[matched].mean())
+
+
+def test_the_curve_in_given_and_energy_order():
+    table = table_of([[math.nan, 0.2, 0.1], [0.3, math.nan, math.nan]], [[2.0, 1.0, 0.0], [3.0, 2.0, 1.0]])
+    given, ranked = match_rate_curve(table, "given"), match_rate_curve(table, "energy")
+    assert given["match_rate"].tolist() == [0.5, 1, 1]
+    assert given["rmse"].tolist() == pytest.approx([0.3, 0.25, 0.2])
+    assert ranked["match_rate"].tolist() == [0.5, 0.5, 1]
+    assert ranked["rmse"].tolist() == pytest.approx([0.1, 0.1, 0.2])
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    ("references", "predictions", "options", "message"),
+    [
+        ([], [], {}, "references is empty"),
+        ([rock_salt()], [], {}, "predictions has 0 lists"),
+        ([rock_salt()], [[]], {}, "predictions holds no structure"),
+        ([rock_salt()], [["NaCl"]], {}, "found a str"),
+        ([rock_salt()], [[rock_salt()]], {"k_values": [20]}, "allowed are 1 … 1"),
+        ([rock_salt()], [[rock_salt()]], {"material_ids": ["a", "b"]}, "material_ids has 2"),
+        ([rock_salt()], [[rock_salt()]], {"time_limit_s": 0}, "time_limit_s is 0"),
+    ],
+)
+def test_wrong_input_is_named_in_one_line(references, predictions, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate(references, predictions, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_orders_and_empty_tables_are_named():
+    with pytest.raises(ValueError, match="order is 'best'"):
+        match_rate_curve(table_of([[0.1]]), "best")
+    with pytest.raises(ValueError, match="no energy"):
+        match_rate_curve(table_of([[0.1]]), "energy")
+    with pytest.raises(ValueError, match="table is empty"):
+        summarise(pd.DataFrame())
