@@ -38,7 +38,7 @@ __all__ = [
 
 def evaluate_csp(
     references: Sequence[Structure],
-    predictions: Sequence[Sequence[Structure]],
+    predictions: Sequence[Sequence[Structure | None]],
     *,
     material_ids: Sequence[str] | None = None,
     k_values: Sequence[int] | None = None,
@@ -58,7 +58,8 @@ def evaluate_csp(
     Args:
         references: one crystal per entry.
         predictions: for each reference its predictions, in the order that "the first k" refers to; if all carry
-            ``properties["energy"]`` (lower is better), they are also ranked by it. Their number may vary.
+            ``properties["energy"]`` (lower is better), they are also ranked by it. Their number may vary. None is a
+            missing one: it keeps its place in the order, matches nothing and is not valid.
         material_ids: label of each row of the table, by default 0, 1, ….
         k_values: numbers of predictions to score at, by default 1 and the largest number given.
         n_jobs: worker processes (-1: all cores).
@@ -70,7 +71,7 @@ def evaluate_csp(
 
     Returns:
         ``(summary, table)``: see :func:`summarise` for the summary. The table has a row per reference: formula,
-        n_atoms, n_predictions, rms_best, best_index (-1: no match), matched@k, same_space_group, n_invalid,
+        n_atoms, n_predictions, n_missing, rms_best, best_index (-1: no match), matched@k, same_space_group, n_invalid,
         n_timed_out, and lists with an entry per prediction: rms (NaN: no match), strict, structure_valid, valid,
         energy; pool_rms holds the rms of all predictions of the same composition, one list per reference of the pool.
 
@@ -108,7 +109,8 @@ def _check_input(references: list, predictions: list[list], material_ids: Sequen
         raise ValueError("predictions holds no structure, expected at least one")
     if material_ids is not None and len(material_ids) != len(references):
         raise ValueError(f"material_ids has {len(material_ids)} entries, expected one per reference: {len(references)}")
-    for structure in (*references, *(candidate for candidates in predictions for candidate in candidates)):
+    given = (candidate for candidates in predictions for candidate in candidates if candidate is not None)
+    for structure in (*references, *given):
         if not isinstance(structure, Structure):
             raise ValueError(f"found a {type(structure).__name__}, expected a pymatgen Structure")
 
@@ -148,22 +150,24 @@ def _row(
         ok and is_charge_neutral(candidate.formula) for ok, candidate in zip(structure_valid, candidates, strict=True)
     ]
     formula = reference.composition.reduced_formula
+    present = [candidate for candidate in candidates if candidate is not None]
     best = int(np.nanargmin(rms)) if np.isfinite(rms).any() else -1
     return {
         "formula": formula,
         "n_atoms": len(reference),
         "n_predictions": len(candidates),
+        "n_missing": sum(candidate is None for candidate in candidates),
         "rms_best": rms[best] if best >= 0 else math.nan,
         "best_index": best,
         **{f"matched@{k}": bool(np.isfinite(rms[:k]).any()) for k in k_values},
         "n_invalid": len(valid) - sum(valid),
         "n_invalid_structure": len(valid) - sum(structure_valid),
-        "n_wrong_composition": sum(candidate.composition.reduced_formula != formula for candidate in candidates),
+        "n_wrong_composition": sum(candidate.composition.reduced_formula != formula for candidate in present),
         "n_timed_out": sum(result is None for results in pool for result in results),
         "rms": rms,
         "strict": strict,
         "structure_valid": structure_valid,
         "valid": valid,
-        "energy": [float(candidate.properties.get("energy", math.nan)) for candidate in candidates],
+        "energy": [math.nan if c is None else float(c.properties.get("energy", math.nan)) for c in candidates],
         "pool_rms": [[math.nan if result is None else result[0] for result in results] for results in pool],
     }

@@ -14,6 +14,7 @@ import pandas as pd
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+COUNTS = ("n_predictions", "n_missing", "n_timed_out", "n_invalid", "n_invalid_structure", "n_wrong_composition")
 BLOCK = 100  # bootstrap resamples held in memory at once
 
 
@@ -45,8 +46,8 @@ def summarise(
 
     Further: match_rate and rmse (at the largest k); space_group_agreement: share of matched references whose best
     prediction has their space group (spglib, symprec 0.1 Å); n_references, n_samples (largest number of predictions),
-    n_predictions, n_timed_out (comparisons), n_invalid, n_invalid_structure, n_wrong_composition. Each mean has a 95 %
-    bootstrap interval over references, named …_interval.
+    n_predictions, n_missing, n_timed_out (comparisons), n_invalid, n_invalid_structure, n_wrong_composition. Each mean
+    has a 95 % bootstrap interval over references, named …_interval.
 
     Raises:
         ValueError: if the table is empty or k_values exceeds the number of predictions.
@@ -65,7 +66,7 @@ def summarise(
                 values[f"{name}_lowest_energy"] = values[f"{name}_ranked@1"]
     values["space_group_agreement"] = table["same_space_group"].to_numpy(float)
     summary: dict[str, Any] = {"n_references": len(table), "n_samples": n_samples}
-    for name in ("n_predictions", "n_timed_out", "n_invalid", "n_invalid_structure", "n_wrong_composition"):
+    for name in COUNTS:
         summary[name] = int(table[name].sum())
     intervals = _bootstrap(np.column_stack(list(values.values())), seed, 1000, 0.95)
     for (name, per_reference), interval in zip(values.items(), intervals, strict=True):
@@ -79,7 +80,7 @@ def _values_at(table: pd.DataFrame, k: int, stol: float) -> dict[str, np.ndarray
     rms, energy = _matrix(table["rms"]), _matrix(table["energy"])
     order = np.argsort(energy, axis=1, kind="stable")  # NaN, a missing prediction, goes last
     n_energies = np.isfinite(energy).sum(1)
-    has_energy = bool((n_energies == table["n_predictions"]).all())
+    has_energy = bool((n_energies == table["n_predictions"] - table["n_missing"]).all())
     ranked = np.take_along_axis(rms, order, 1) if has_energy else np.full_like(rms, math.nan)
     best = {
         "": _smallest(rms[:, :k]),
@@ -148,7 +149,7 @@ def _bootstrap(
     return intervals
 
 
-def match_rate_curve(table: pd.DataFrame, order: str = "random") -> pd.DataFrame:
+def match_rate_curve(table: pd.DataFrame, order: str = "random", seed: int = 0) -> pd.DataFrame:
     """Match rate and RMSE against the number of predictions k.
 
     In random order this is the exact mean over all subsets of size k: of n predictions of which m match, a subset
@@ -159,9 +160,10 @@ def match_rate_curve(table: pd.DataFrame, order: str = "random") -> pd.DataFrame
     Args:
         table: from :func:`evaluate_csp`.
         order: "random", "given" (the order of the predictions), or "energy" (lowest first).
+        seed: of the bootstrap.
 
     Returns:
-        columns k, match_rate, rmse.
+        columns k, match_rate, rmse, and low and high: the 95 % bootstrap interval of the match rate.
 
     Raises:
         ValueError: on an unknown order, or if predictions without energy are to be ordered by it.
@@ -170,17 +172,20 @@ def match_rate_curve(table: pd.DataFrame, order: str = "random") -> pd.DataFrame
         raise ValueError(f"order is {order!r}, allowed are 'random', 'given', 'energy'")
     rms, energy, n_predictions = _matrix(table["rms"]), _matrix(table["energy"]), table["n_predictions"].to_numpy()
     if order == "energy":
-        if (np.isfinite(energy).sum(1) != n_predictions).any():
+        if (np.isfinite(energy).sum(1) != n_predictions - table["n_missing"]).any():
             raise ValueError("order is 'energy', but some predictions have no energy; allowed are 'random', 'given'")
         rms = np.take_along_axis(rms, np.argsort(energy, axis=1, kind="stable"), 1)
-    rows = []
+    rows, shares = [], []
     for k in range(1, int(n_predictions.max()) + 1):
         if order == "random":
             matched, expected = _random_order(rms, n_predictions, k)
         else:
             matched, expected = np.isfinite(_smallest(rms[:, :k])), np.nan_to_num(_smallest(rms[:, :k]))
+        shares.append(matched)
         rows.append((k, matched.mean(), expected.sum() / matched.sum() if matched.any() else math.nan))
-    return pd.DataFrame(rows, columns=["k", "match_rate", "rmse"])
+    curve = pd.DataFrame(rows, columns=["k", "match_rate", "rmse"])
+    curve[["low", "high"]] = _bootstrap(np.column_stack(shares).astype(float), seed, 1000, 0.95)
+    return curve
 
 
 def _random_order(rms: np.ndarray, n_predictions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -99,7 +99,7 @@ def test_edge_counts_are_the_published_ones(golden):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("config", [SMALL, replace(SMALL, n_fc=1), replace(SMALL, spectral_norm=False)], ids=str)
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, n_fc=1), replace(SMALL, spectral_norm=False)])
 def test_the_energy_is_its_literal_definition(path, config):
     model, crystals = small_model(config), random_batch()
     model.use_kernels = PATHS[path]
@@ -109,7 +109,7 @@ def test_the_energy_is_its_literal_definition(path, config):
 
 def test_the_literal_edges_are_symmetric():
     crystals = random_batch()
-    i, j, k = (column.tolist() for column in directed_edges(crystals, cutoff_radius(crystals)))
+    i, j, k = (column.tolist() for column in directed_edges(crystals, 0.99 * cutoff_radius(crystals)))
     edges = {(a, b, *map(int, image)) for a, b, image in zip(i, j, k)}
     assert len(edges) == len(i)
     assert edges == {(b, a, -x, -y, -z) for a, b, x, y, z in edges}

@@ -226,6 +226,14 @@ def test_fewer_predictions_than_k_or_none_are_allowed():
     assert math.isnan(summary["match_rate_lowest_energy"])
 
 
+def test_a_missing_prediction_keeps_its_place_and_matches_nothing():
+    rock = with_energy(rock_salt(), 1.0)
+    summary, table = evaluate([rock_salt(), silicon()], [[None, rock], [None, None]])
+    assert (summary["match_rate@1"], summary["match_rate@2"], summary["match_rate_lowest_energy"]) == (0, 0.5, 0.5)
+    assert (summary["n_missing"], summary["n_invalid"], summary["n_wrong_composition"]) == (3, 3, 0)
+    assert match_rate_curve(table, "energy")["match_rate"].tolist() == [0.5, 0.5]
+
+
 # Time limit
 
 
@@ -308,6 +316,7 @@ def table_of(rms, energy=None):
             "rms": rms,
             "energy": energy or [[math.nan] * len(row) for row in rms],
             "n_predictions": [len(row) for row in rms],
+            "n_missing": [0] * len(rms),
         }
     )
 

@@ -1,0 +1,152 @@
+"""The compiled kernels compute the sums they stand for, with the right derivatives, in any number of threads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_energy import SMALL, random_batch, small_model
+
+from contsp_core import energy, kernels
+from contsp_core.energy import ContinuousCGCNN, energy_and_gradient
+from contsp_core.graph import cutoff_radius, edge_vectors
+
+
+def cubic(table: torch.Tensor, position: torch.Tensor, D: int) -> torch.Tensor:
+    """The Hermite interpolant of values and slopes in ``table`` at positions in units of the spacing."""
+    row = position.floor().long().clamp(max=len(table) - 2)
+    t = (position - row)[:, None]
+    (v0, s0), (v1, s1) = table[row].split(2 * D, dim=1), table[row + 1].split(2 * D, dim=1)
+    return (
+        (2 * t**3 - 3 * t**2 + 1) * v0 + (t**3 - 2 * t**2 + t) * s0 + (3 * t**2 - 2 * t**3) * v1 + (t**3 - t**2) * s1
+    )
+
+
+def message_inputs(D: int = 5, dtype: torch.dtype = torch.float64) -> tuple[tuple, kernels.EdgeList]:
+    crystals = random_batch(dtype=dtype)
+    edges = kernels.build_edges(crystals, 0.6 * cutoff_radius(crystals))
+    rng = np.random.default_rng(0)
+    distance = edge_vectors(crystals, edges.graph).norm(dim=1)
+    n_nodes = int(distance.max() * 2.0) + 3
+    shapes = [(len(crystals.positions), 2 * D), (len(crystals.positions), 2 * D), (n_nodes, 4 * D)]
+    a, b, table = (torch.as_tensor(rng.standard_normal(shape), dtype=dtype) for shape in shapes)
+    weight = torch.as_tensor(rng.random(len(distance)), dtype=dtype)
+    return tuple(tensor.requires_grad_() for tensor in (a, b, table, distance, weight)), edges
+
+
+def literal_sum(a, b, table, distance, weight, edges, inverse_spacing: float = 2.0) -> torch.Tensor:
+    """Σ_j w σ(u) v, one edge direction after the other."""
+    D = a.shape[1] // 2
+    c = cubic(table, distance * inverse_spacing, D)
+    out = a.new_zeros(len(a), D)
+    for i, j in ((edges.graph.source, edges.graph.target), (edges.graph.target, edges.graph.source)):
+        z = (a[i] + b[j]) * c
+        out = out.index_add(0, i, weight[:, None] * torch.sigmoid(z[:, :D]) * z[:, D:])
+    return out
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
+def test_the_message_sum_and_its_five_gradients_are_those_of_autograd(dtype, tolerance):
+    inputs, edges = message_inputs(dtype=dtype)
+    fused = kernels.message_sum(*inputs, 2.0, edges)
+    literal = literal_sum(*inputs, edges)
+    adjoint = torch.linspace(-1, 1, fused.numel(), dtype=dtype).view_as(fused)
+    torch.testing.assert_close(fused, literal, rtol=tolerance, atol=10 * tolerance)
+    pairs = zip(torch.autograd.grad(fused, inputs, adjoint), torch.autograd.grad(literal, inputs, adjoint))
+    for ours, expected in pairs:
+        torch.testing.assert_close(ours, expected, rtol=10 * tolerance, atol=20 * tolerance)
+
+
+def test_no_gradient_of_the_table_is_made_when_none_is_asked_for():
+    (a, b, table, distance, weight), edges = message_inputs()
+    total = kernels.message_sum(a, b, table.detach(), distance, weight, 2.0, edges).sum()
+    with_table = kernels.message_sum(a, b, table, distance, weight, 2.0, edges).sum()
+    inputs = (a, b, distance, weight)
+    for one, other in zip(torch.autograd.grad(total, inputs), torch.autograd.grad(with_table, inputs)):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_lengths_and_their_gradients_are_those_of_autograd():
+    crystals = random_batch()
+    edges = kernels.build_edges(crystals, cutoff_radius(crystals))
+    cell, positions = crystals.cell.clone().requires_grad_(), crystals.positions.clone().requires_grad_()
+    moving = crystals.replace(cell=cell, positions=positions)
+    fused, literal = kernels.edge_lengths(moving, edges), edge_vectors(moving, edges.graph).norm(dim=1)
+    torch.testing.assert_close(fused, literal)
+    adjoint = torch.linspace(-1, 2, len(fused), dtype=torch.float64)
+    pairs = zip(*(torch.autograd.grad(length, (cell, positions), adjoint) for length in (fused, literal)))
+    for ours, expected in pairs:
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_sigmoid_in_single_precision_is_right_over_its_whole_range():
+    """One atom pair at distance 0 with w = v = 1, so that the message is the sigmoid."""
+    x = np.concatenate([np.linspace(-100, 100, 4001), [0, -1e-30, 87.9, -87.9]])
+    count = len(x)
+    a = torch.zeros(2 * count, 2)
+    a[::2, 0] = torch.as_tensor(x)
+    a[::2, 1] = 1
+    table = torch.tensor([[1.0, 1.0, 0.0, 0.0]] * 2)
+    pair = torch.arange(0, 2 * count, 2)
+    graph = kernels.Graph(pair, pair + 1, torch.zeros(count, 3, dtype=torch.int32))
+    edges = kernels.EdgeList(graph, np.array([0, count]))
+    out = kernels.message_sum(a, torch.zeros_like(a), table, torch.zeros(count), torch.ones(count), 1.0, edges)
+    expected = 1 / (1 + np.exp(-np.clip(x.astype(np.float32).astype(float), -80, 80)))
+    np.testing.assert_allclose(out[::2, 0].numpy(), expected, rtol=4e-7)
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads():
+    crystals, model = random_batch(), small_model()
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n_threads in (1, 2, 4):
+            torch.set_num_threads(n_threads)
+            results.append(energy_and_gradient(model, crystals))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        for one, other in zip(results[0], result):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+def test_threads_share_the_edges_by_whole_crystals():
+    crystals = random_batch()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        edges = kernels.build_edges(crystals, cutoff_radius(crystals))
+    finally:
+        torch.set_num_threads(threads)
+    bounds = edges.first_edge
+    assert bounds[0] == 0 and bounds[-1] == len(edges.graph.source) and (np.diff(bounds) >= 0).all()
+    systems = crystals.system_idx[edges.graph.source]
+    inner = [bound for bound in bounds[1:-1] if 0 < bound < bounds[-1]]
+    assert len(bounds) == 4 and all(systems[bound - 1] != systems[bound] for bound in inner)
+
+
+def test_interpolation_errors_are_at_the_level_of_rounding():
+    """Single precision has a coarser table; both stay far below what the energy must reach."""
+    config = replace(SMALL, n_basis=32)
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
+        model, crystals = small_model(config, dtype), random_batch(dtype=dtype)
+        fused = energy_and_gradient(model, crystals)
+        model.use_kernels = False
+        for ours, plain in zip(fused, energy_and_gradient(model, crystals)):
+            torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
+
+
+def test_a_second_derivative_is_refused_instead_of_wrong():
+    model, crystals = small_model(), random_batch()
+    positions = crystals.positions.clone().requires_grad_()
+    value = model(crystals.replace(positions=positions)).sum()
+    (grad,) = torch.autograd.grad(value, positions, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+def test_without_numba_the_plain_path_is_taken(monkeypatch):
+    monkeypatch.setattr(energy, "kernels", None)
+    assert not ContinuousCGCNN(SMALL).use_kernels
