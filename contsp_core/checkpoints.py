@@ -68,7 +68,10 @@ def read_settings(name_or_path: str | Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path} is truncated or not a safetensors file: {error}") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"checkpoint {path} has format {metadata.get('format')!r}, expected {FORMAT!r}")
-    return json.loads(metadata["settings"]) | {"energy": json.loads(metadata["energy"])}
+    try:
+        return json.loads(metadata["settings"]) | {"energy": json.loads(metadata["energy"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint {path} has unreadable settings: {error!r}") from None
 
 
 def load_model(name_or_path: str | Path, device: str | torch.device | None = None) -> ContinuousCGCNN:
@@ -81,7 +84,10 @@ def load_model(name_or_path: str | Path, device: str | torch.device | None = Non
     """
     settings = read_settings(name_or_path)
     path = find_checkpoint(name_or_path)
-    model = ContinuousCGCNN(EnergyConfig(**settings["energy"]))
+    try:
+        model = ContinuousCGCNN(EnergyConfig(**settings["energy"]))
+    except TypeError as error:
+        raise ValueError(f"checkpoint {path} has settings of another energy: {' '.join(str(error).split())}") from None
     try:
         model.load_state_dict(load_file(path))
     except RuntimeError as error:

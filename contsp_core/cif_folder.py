@@ -1,4 +1,4 @@
-"""Predicted crystals as files: ``<folder>/<material_id>/<sample number>.cif``, written by us or by any other program."""
+"""Predicted crystals as files, ``<folder>/<material_id>/<sample number>.cif``, written by us or by another program."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def read_samples(
     for (row, number), cell in zip(wanted, parse_cifs(texts, n_jobs, "samples"), strict=True):
         if not isinstance(cell, str):
             place = number - first
-            structure = Structure(Lattice(cell.cell), cell.atomic_numbers, cell.positions, coords_are_cartesian=True)
+            structure = Structure(
+                Lattice(cell.cell), cell.atomic_numbers.tolist(), cell.positions, coords_are_cartesian=True
+            )
             if place < len(energies[row]) and energies[row][place] is not None:
                 structure.properties["energy"] = energies[row][place]
             samples[row][place] = structure

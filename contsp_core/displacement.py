@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -9,13 +10,19 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from contsp_core.checkpoints import CHECKPOINTS
 from contsp_core.crystals import Crystals
+from contsp_core.data import DATASETS, load_split
+from contsp_core.diffusion import add_noise
 from contsp_core.invariance import evaluate_in_chunks
+from contsp_core.notebook import limit_structures
+from contsp_core.split import Split
 
 # Columns that tell how stable a crystal is (lower is more stable), and the largest value called stable, eV per atom.
 STABILITY = {"e_above_hull": 0.0, "energy_above_hull": 0.0, "heat_all": 0.2}
 N_SHELLS = 5
 TOLERATED_SHARE = 0.01
+logger = logging.getLogger(__name__)
 
 
 def displaced(crystal: Crystals, atom: int, displacements: Tensor) -> Crystals:
@@ -63,8 +70,10 @@ def displacement_scan(
         Columns ``displacement`` (its length, Å) and ``energy``; the first row is the undisturbed crystal.
 
     Raises:
-        ValueError: on a count or a width that is not positive, or as :func:`displaced`.
+        ValueError: on a crystal of one atom, a count or a width that is not positive, or as :func:`displaced`.
     """
+    if len(crystal.positions) < 2:
+        raise ValueError("crystal has 1 atom, expected at least 2: a lone atom can only be translated")
     if n_draws < 1 or not sigma > 0:
         raise ValueError(f"n_draws is {n_draws} and sigma is {sigma}, expected both > 0")
     generator = torch.Generator().manual_seed(seed)
@@ -107,18 +116,26 @@ def describe_response(scan: pd.DataFrame) -> dict[str, float | str]:
     return {"share_above": above, "range": float(scan["energy"].max() - scan["energy"].min()), "behaviour": behaviour}
 
 
-def stable_rows(columns: dict[str, np.ndarray], n_crystals: int) -> np.ndarray:
-    """Indices of the crystals of a split that count as stable, by its own column of :data:`STABILITY`.
+def stable_crystals(split: Split, n_structures: int | None = None, seed: int = 0) -> Split:
+    """A random choice of stable crystals with at least two atoms (a lone atom can only be translated).
 
-    Energies above the hull must be 0 and the formation energies of Perov-5 at most 0.2 eV per atom (the bound of
-    Castelli et al., 2012). A data set without such a column is taken to hold stable crystals only; so is one in which
-    no crystal passes.
+    Stable is what the data set says in a column of :data:`STABILITY`: an energy above the hull of 0, or for Perov-5 a
+    formation energy of at most 0.2 eV per atom, the bound of Castelli et al. (2012). Without such a column all crystals
+    are taken to be stable.
+
+    Raises:
+        ValueError: if none is left.
     """
+    passed = split.n_atoms >= 2
     for name, largest in STABILITY.items():
-        if name in columns:
-            passed = np.flatnonzero(np.asarray(columns[name], dtype=float) <= largest)
-            return passed if len(passed) else np.arange(n_crystals)
-    return np.arange(n_crystals)
+        if name in split.columns:
+            passed &= np.asarray(split.columns[name], dtype=float) <= largest
+    rows = np.flatnonzero(passed)
+    if not len(rows):
+        raise ValueError(
+            f"split {split.name}/{split.split} has no stable crystal with two atoms, expected at least one"
+        )
+    return split.select(limit_structures(rows, n_structures, seed))
 
 
 def response_table(
@@ -152,3 +169,46 @@ def response_table(
         scans.append(scan.assign(material=material))
         rows.append({"material": material} | describe_response(scan))
     return pd.concat(scans, ignore_index=True), pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def share_below_disturbed(
+    energy: Callable[[Crystals], Tensor],
+    crystals: Crystals,
+    sigmas: Sequence[float],
+    strain_noise: float = 0.1,
+    seed: int = 0,
+) -> pd.Series:
+    """How often a crystal lies lower than a disturbed copy of itself.
+
+    Args:
+        energy: maps a batch to (n_systems,) energies.
+        crystals: the batch.
+        sigmas: sizes of the disturbance, Å: atoms are moved by Gaussian noise of that width.
+        strain_noise: the cell is strained by noise of width ``strain_noise`` · sigma, Å⁻¹.
+        seed: of the noise, the same for every size.
+
+    Returns:
+        Share of the crystals, indexed by sigma.
+    """
+    real, shares = evaluate_in_chunks(energy, crystals), {}
+    for sigma in sigmas:
+        rng = torch.Generator().manual_seed(seed)
+        width = torch.full_like(crystals.cell[:, 0, 0], sigma)
+        disturbed = evaluate_in_chunks(energy, add_noise(crystals, width, strain_noise, rng).crystals)
+        shares[sigma] = float((real < disturbed).double().mean())
+    return pd.Series(shares, name="share").rename_axis("sigma")
+
+
+def available_datasets() -> list[str]:
+    """Data sets that have a bundled checkpoint and a test split that can be loaded here."""
+    found = []
+    for name in DATASETS:
+        if (CHECKPOINTS / f"{name}.safetensors").is_file():
+            try:
+                load_split(name, "test")
+            except (ConnectionError, ValueError) as error:
+                logger.warning("%s is left out: %s", name, error)
+            else:
+                found.append(name)
+    return found

@@ -37,6 +37,7 @@ class EnergyConfig:
     spectral_norm: bool = True
     noise_min: float | None = None  # Å; given for an energy trained at many noise levels σ
     noise_max: float | None = None
+    noise_default: float = 0.4  # Å; the level at which the energy is read unless another is asked for
     strain_noise: float = 0.1  # κ, Å⁻¹: at noise level σ the cell is strained by a Gaussian of width κσ
     n_start_cells: int = 512  # cell shapes of training crystals that chains may start from
 
@@ -106,8 +107,9 @@ class ContinuousCGCNN(nn.Module):
     The value does not depend on the description of the crystal (basis, images, order, supercell) nor on its
     orientation, origin or handedness, and is continuous in the atoms: an edge comes and goes with weight and slope 0.
 
-    If the configuration has noise levels, f_θ(U) = g_θ(U, σ) / σ, evaluated at ``noise_min`` unless σ is given. Atomic
-    volumes (buffer ``atomic_volume``, Å³), where learned, replace the constant 1/ρ₀.
+    If the configuration has noise levels, f_θ(U) = g_θ(U, σ) / σ, at σ = ``noise_default`` unless σ is given: score
+    matching does not see the relative depth of wells further apart than σ, so the smallest level ranks crystals badly.
+    Atomic volumes (buffer ``atomic_volume``, Å³), where learned, replace the constant 1/ρ₀.
     """
 
     def __init__(self, config: EnergyConfig = EnergyConfig()) -> None:
@@ -135,7 +137,7 @@ class ContinuousCGCNN(nn.Module):
             sigma: (n_systems,) noise level, Å; only for an energy with noise levels.
         """
         if sigma is None and self.noise_features is not None:
-            sigma = torch.full_like(crystals.cell[:, 0, 0], self.config.noise_min)
+            sigma = torch.full_like(crystals.cell[:, 0, 0], self.config.noise_default)
         system = crystals.system_idx
         messages = self._messages(crystals)
         nodes = torch.tanh(self.embedding(crystals.atomic_numbers - 1))

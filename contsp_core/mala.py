@@ -137,12 +137,22 @@ def apply_move(crystals: Crystals, move: Move, proposal: Proposal) -> Crystals:
     return strained.replace(positions=strained.positions + move.positions)
 
 
-def reverse_move(crystals: Crystals, move: Move, proposal: Proposal) -> Move:
-    """The move that leads back: −(ΔL, ΔX), or (−ε, −δ exp(−ε)) for strain."""
-    if proposal == "cartesian":
-        return Move(-move.cell, -move.positions)
-    back = torch.linalg.matrix_exp(-move.cell).index_select(0, crystals.system_idx)
-    return Move(-move.cell, -torch.einsum("ni,nij->nj", move.positions, back))
+def reverse_move(old: Crystals, moved: Crystals, new: Crystals, move: Move, proposal: Proposal) -> Move:
+    """The move from ``new`` (the reduced and wrapped ``moved``) back to ``old``.
+
+    For strain it is (−ε, −δ exp(−ε)), in any description. A Cartesian move depends on the description: the way back
+    starts in the basis and with the images of ``new``, so it must lead to ``old`` described in the same basis and
+    images. Taking −(ΔL, ΔX) instead, as if the cell had not been reduced, would sample another law.
+    """
+    if proposal == "strain":
+        back = torch.linalg.matrix_exp(-move.cell).index_select(0, old.system_idx)
+        return Move(-move.cell, -torch.einsum("ni,nij->nj", move.positions, back))
+    transform = torch.linalg.solve(moved.cell, new.cell, left=False).round()  # new.cell = transform @ moved.cell
+    to_frac = torch.linalg.inv(new.cell).index_select(0, old.system_idx)
+    images = torch.einsum("ni,nij->nj", new.positions - moved.positions, to_frac).round()
+    cell = -transform @ move.cell
+    shifts = torch.einsum("ni,nij->nj", images, cell.index_select(0, old.system_idx))
+    return Move(cell, shifts - move.positions)
 
 
 def log_measure_ratio(old: Crystals, new: Crystals, proposal: Proposal, measure: Measure) -> Tensor:
@@ -189,22 +199,23 @@ def mala_step(
     """
     old = state.crystals
     move = draw_move(state, proposal, step, temperature, rng)
-    crystals = apply_move(old, move, proposal)
+    moved = apply_move(old, move, proposal)
+    crystals = niggli(moved)
     value, grad_cell, grad_positions = energy_and_gradient(energy, crystals)
     grad_strain = strain_gradient(crystals, grad_cell, grad_positions)
     proposed = replace(state, crystals=crystals, energy=value, grad_strain=grad_strain, grad_positions=grad_positions)
     forward = log_move_density(move, mean_move(state, proposal, step, temperature), step, old)
-    back = reverse_move(old, move, proposal)
+    back = reverse_move(old, moved, crystals, move, proposal)
     backward = log_move_density(back, mean_move(proposed, proposal, step, temperature), step, old)
     log_ratio = (state.energy - value) / temperature + backward - forward
     log_ratio = log_ratio + log_measure_ratio(old, crystals, proposal, measure)
     accepted = metropolis(log_ratio, rng)
-    finite = torch.isfinite(log_ratio) | (log_ratio == torch.inf)
+    finite = torch.isfinite(value) & (torch.isfinite(log_ratio) | (log_ratio == torch.inf))
     return _select(accepted & finite, proposed, replace(state, n_nonfinite=state.n_nonfinite + (~finite).long()))
 
 
 def _select(accepted: Tensor, new: ChainState, old: ChainState) -> ChainState:
-    """Per system: the new state where accepted, then reduced and wrapped; the old one elsewhere."""
+    """Per system: the new state where accepted, the old one elsewhere."""
     atoms = accepted.index_select(0, old.crystals.system_idx)[:, None]
     cells = accepted[:, None, None]
     crystals = old.crystals.replace(
@@ -212,7 +223,7 @@ def _select(accepted: Tensor, new: ChainState, old: ChainState) -> ChainState:
         positions=torch.where(atoms, new.crystals.positions, old.crystals.positions),
     )
     return ChainState(
-        niggli(crystals),  # the same solid: energy, strain gradient and forces stay as they are
+        crystals,
         torch.where(accepted, new.energy, old.energy),
         torch.where(cells, new.grad_strain, old.grad_strain),
         torch.where(atoms, new.grad_positions, old.grad_positions),

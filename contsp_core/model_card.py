@@ -80,10 +80,10 @@ def model_card(
         _table(("score", "value"), _with_intervals(scores)) if scores else "Not scored.",
         "## Settings",
         _table(("energy", "value"), settings.get("energy", {})),
-        _table(("training", "value"), _flat(training)),
+        _table(("training", "value"), flatten_settings(training)),
     ]
     if settings.get("sampling"):
-        parts.append(_table(("sampling", "value"), _flat(settings["sampling"])))
+        parts.append(_table(("sampling", "value"), flatten_settings(settings["sampling"])))
     if history:
         parts += ["## Training log", _curve(history)]
     return "\n\n".join(parts) + "\n"
@@ -125,11 +125,15 @@ def _text(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """{"chain": {"n_steps": 3}} -> {"chain.n_steps": 3}."""
+def flatten_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings on one level: {"chain": {"n_steps": 3}} gives {"chain.n_steps": 3}."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        flat |= {f"{name}.{key}": v for key, v in _flat(value).items()} if isinstance(value, Mapping) else {name: value}
+        flat |= (
+            {f"{name}.{key}": v for key, v in flatten_settings(value).items()}
+            if isinstance(value, Mapping)
+            else {name: value}
+        )
     return flat
 
 

@@ -97,7 +97,7 @@ def periodic_table_figure(counts: np.ndarray) -> Figure:
     for number in range(1, MAX_ATOMIC_NUMBER + 1):
         element = Element.from_Z(number)
         column, row = element.group, element.row
-        if 57 <= number <= 71 or 89 <= number:  # lanthanoids and actinoids below the table
+        if 57 <= number <= 71 or number >= 89:  # lanthanoids and actinoids below the table
             column, row = 3 + (number - 57) % 32, 8.4 + (number >= 89)
         shade = float(norm(counts[number])) if counts[number] else 0.0
         face = colors(shade) if counts[number] else "0.96"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from pymatgen.core import Structure
@@ -12,7 +14,67 @@ from pymatgen.core.structure_matcher import StructureMatcher
 from pymatgen.io.cif import CifWriter
 from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
 
-from contsp_core.metrics import is_valid_structure, run_with_time_limit
+from contsp_core.candidates import make_candidates
+from contsp_core.crystals import reduce_species
+from contsp_core.data import SPLITS, load_split, parse_formula
+from contsp_core.energy import ContinuousCGCNN
+from contsp_core.matching import is_valid_structure, score_pair
+from contsp_core.sampler import sample_structures
+from contsp_core.templates import TemplateLibrary
+from contsp_core.workers import run_with_time_limit
+
+SOURCES = ("chains", "templates", "both")
+
+
+def is_formula(value: Any) -> str | None:
+    """Rule of a notebook parameter: None if the value is a formula, else what is expected."""
+    try:
+        parse_formula(value)
+    except (ValueError, TypeError, AttributeError):
+        return 'a formula with whole numbers, like "BaTiO3"'
+    return None if isinstance(value, str) else 'a formula with whole numbers, like "BaTiO3"'
+
+
+def gather_candidates(
+    model: ContinuousCGCNN,
+    formula: str,
+    source: str = "both",
+    n_samples: int = 20,
+    n_steps: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[Structure]:
+    """Candidates for one formula, each with ``properties["energy"]`` and ``properties["source"]``.
+
+    Args:
+        model: from :func:`contsp_core.load_model`.
+        formula: content of the cell.
+        source: ``chains``, from random starts; ``templates``, the training crystals of nearest composition with their
+            elements exchanged, then followed down the last noise levels; or ``both``.
+        n_samples: of each source; templates may be fewer.
+        n_steps: length of a chain from a random start, by default as the model's settings say.
+        seed: of all that is random.
+        progress: show a progress bar of the chains.
+
+    Raises:
+        ValueError: on an unknown source, or if there is no template for the formula and nothing else was asked for.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"source is {source!r}, expected one of {', '.join(SOURCES)}")
+    found = []
+    if source != "templates":
+        sampled = sample_structures(model, [formula], n_samples, n_steps, seed, progress=progress)[0]
+        found += [("chains", structure) for structure in sampled]
+    if source != "chains":
+        library = TemplateLibrary(load_split(model.settings["dataset"], "train"))
+        species = [parse_formula(formula)]
+        made = make_candidates("templates_relaxed", species, n_samples, seed, model=model, library=library)[0]
+        found += [("templates", structure) for structure in made if structure is not None]
+    if not found:
+        raise ValueError(f"no training crystal has the stoichiometry of {formula!r}; source='chains' needs none")
+    for name, structure in found:
+        structure.properties["source"] = name
+    return [structure for _, structure in found]
 
 
 def rank_distinct(
@@ -63,10 +125,7 @@ def standardise(structure: Structure, symprec: float = 0.1) -> Structure:
         structure: a predicted crystal.
         symprec: how far, in Å, an atom may be from its symmetric site.
     """
-    try:
-        standard = SpacegroupAnalyzer(structure, symprec=symprec).get_refined_structure()
-    except Exception:  # spglib found none
-        standard = structure.copy()
+    standard = _ask_spglib(structure, symprec, SpacegroupAnalyzer.get_refined_structure) or structure.copy()
     standard.properties = dict(structure.properties)
     return standard
 
@@ -82,8 +141,9 @@ def describe_structures(
         symprec: tolerance of the space group, Å.
 
     Returns:
-        Columns ``energy`` (dimensionless), ``found`` (times), ``space group``, ``density`` (g/cm³), ``V/atom`` (Å³),
-        ``a``, ``b``, ``c`` (Å), ``α``, ``β``, ``γ`` (degrees); the index ``rank`` starts at 1.
+        Columns ``energy`` (dimensionless), ``source`` (of the one kept), ``found`` (times), ``space group``,
+        ``density`` (g/cm³), ``V/atom`` (Å³), ``a``, ``b``, ``c`` (Å), ``α``, ``β``, ``γ`` (degrees); the index ``rank``
+        starts at 1.
     """
     rows = []
     for structure, count in zip(structures, counts or [1] * len(structures)):
@@ -91,6 +151,7 @@ def describe_structures(
         rows.append(
             {
                 "energy": structure.properties["energy"],
+                "source": structure.properties.get("source", ""),
                 "found": count,
                 "space group": space_group(structure, symprec),
                 "density": float(structure.density),
@@ -104,20 +165,65 @@ def describe_structures(
 
 def space_group(structure: Structure, symprec: float = 0.1) -> str:
     """Symbol and number, such as ``Fm-3m (225)``, by spglib at ``symprec`` Å; ``P1 (1)`` where it finds none."""
-    try:
-        found = SpacegroupAnalyzer(structure, symprec=symprec)
-        return f"{found.get_space_group_symbol()} ({found.get_space_group_number()})"
-    except Exception:  # spglib found none
-        return "P1 (1)"
+    symbol = _ask_spglib(structure, symprec, SpacegroupAnalyzer.get_space_group_symbol) or "P1"
+    return f"{symbol} ({_ask_spglib(structure, symprec, SpacegroupAnalyzer.get_space_group_number) or 1})"
+
+
+def _ask_spglib(structure: Structure, symprec: float, question: Callable[[SpacegroupAnalyzer], Any]) -> Any:
+    """The answer, or None where spglib finds no symmetry at all."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # pymatgen calls spglib in a way that spglib is leaving
+        try:
+            return question(SpacegroupAnalyzer(structure, symprec=symprec))
+        except Exception:  # spglib and pymatgen fail in many ways on a distorted cell
+            return None
+
+
+def known_crystals(dataset: str, formula: str) -> dict[str, Structure]:
+    """Crystals of a data set with this composition, in any of its splits, by ``"material_id (split)"``."""
+    composition = reduce_species(parse_formula(formula))
+    known = {}
+    for part in SPLITS:
+        split = load_split(dataset, part)
+        rows = [row for row, numbers in enumerate(split.species) if reduce_species(numbers) == composition]
+        known |= {f"{split.material_ids[row]} ({part})": split[row] for row in rows}
+    return known
+
+
+def compare_with_known(structures: Sequence[Structure], known: Mapping[str, Structure]) -> pd.DataFrame:
+    """Which candidates match known crystals, at the tolerances of the field's benchmarks (0.3, 0.5, 10°).
+
+    Args:
+        structures: candidates, best first.
+        known: crystals by name.
+
+    Returns:
+        One row for each known crystal: ``space group``; ``rank`` of the first candidate that matches it (from 1;
+        missing if none does) and its normalised RMS displacement ``rms`` (unitless).
+    """
+    rows = {}
+    for name, reference in known.items():
+        tasks = [(structure, reference) for structure in structures]
+        scores = run_with_time_limit(score_pair, tasks, 1, 10.0, "matching", False)
+        matched = [(rank, score[0]) for rank, score in enumerate(scores, start=1) if score and score[0] == score[0]]
+        rank, rms = matched[0] if matched else (None, None)
+        rows[name] = {"space group": space_group(reference), "rank": rank, "rms": rms}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["space group", "rank", "rms"])
+    return table.astype({"rank": "Int64", "rms": float}).rename_axis("known crystal")
 
 
 def write_cifs(structures: Sequence[Structure], folder: str | Path) -> list[Path]:
-    """One CIF a structure, exactly as predicted (P1): ``01_NaCl.cif``, ``02_NaCl.cif``, … in the order given."""
+    """One CIF a structure, exactly as predicted (P1): ``01_NaCl.cif``, ``02_NaCl.cif``, … in the order given.
+
+    Files that an earlier call left in the folder are replaced.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("[0-9][0-9]_*.cif"):
+        old.unlink()
     paths = []
     for rank, structure in enumerate(structures, start=1):
-        path = folder / f"{rank:02d}_{structure.composition.formula.replace(' ', '')}.cif"
+        path = folder / f"{rank:02d}_{structure.composition.reduced_formula}.cif"
         path.write_text(str(CifWriter(structure)))
         paths.append(path)
     return paths

@@ -1,18 +1,47 @@
-"""Watch a training run: a progress bar on stderr, and a loss curve that is redrawn while the run goes on."""
+"""Start and watch a training run: its limits, a progress bar on stderr, and a loss curve redrawn while it goes on."""
 
 from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from tqdm import tqdm
 
 from contsp_core.figures import save_figure, training_curves
+from contsp_core.training import TrainConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN = ("loss", "acceptance_rate", "validation")
+
+
+def limit_run(config: TrainConfig, n_updates: int | None, minutes: float | None, seed: int) -> TrainConfig:
+    """A preset with another length: so many updates, so many minutes, or whichever comes first if both are given.
+
+    The warm-up is cut to a tenth of the updates, so that a short run reaches its learning rate.
+    """
+    time_limit_s = None if minutes is None else 60.0 * minutes
+    if n_updates is None:
+        n_updates = config.n_updates if minutes is None else sys.maxsize
+    warmup = min(config.warmup, n_updates // 10)
+    return replace(config, n_updates=n_updates, time_limit_s=time_limit_s, warmup=warmup, seed=seed)
+
+
+def positive_or_none(value: Any) -> str | None:
+    """Rule of a notebook parameter: a number above 0, or None."""
+    right = value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value > 0)
+    return None if right else "a number > 0, or None"
+
+
+def checkpoint_to_write(value: Any) -> str | None:
+    """Rule of a notebook parameter: the file that a training run writes, or None."""
+    right = value is None or (isinstance(value, str | Path) and Path(value).suffix == ".safetensors")
+    return None if right else "a file name that ends in .safetensors, or None"
 
 
 class LiveCurve:
@@ -57,7 +86,12 @@ class LiveCurve:
         if self.history:
             self.draw()
 
+    def figure(self) -> Figure:
+        """The curve of all rows so far, smoothed over a twentieth of them, without what is always 0."""
+        history = pd.DataFrame(self.history)
+        unused = [name for name in ("buffer_age", "buffer_share") if name in history and not history[name].any()]
+        return training_curves(history.drop(columns=unused), smooth=max(1, len(history) // 20))
+
     def draw(self) -> None:
         """Write the curve of all rows so far."""
-        history = pd.DataFrame(self.history)
-        save_figure(training_curves(history, smooth=max(1, len(history) // 50)), self.path, self.parameters)
+        save_figure(self.figure(), self.path, self.parameters)

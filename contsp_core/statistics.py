@@ -6,6 +6,7 @@ Every score is a mean over references, so one table (a row per reference) holds 
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -197,3 +198,34 @@ def _random_order(rms: np.ndarray, n_predictions: np.ndarray, k: int) -> tuple[n
         is_best = [math.comb(n - i, size - 1) / math.comb(n, size) for i in range(1, len(matches) + 1)] if size else []
         matched[row], expected[row] = sum(is_best), np.dot(is_best, matches) if len(matches) else 0.0
     return matched, expected
+
+
+def pool_candidates(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Tables of :func:`evaluate_csp` for the same references joined: the candidates of the first one come first."""
+    pooled = tables[0].copy()
+    for name in ("rms", "energy"):
+        pooled[name] = [list(chain(*lists)) for lists in zip(*(table[name] for table in tables), strict=True)]
+    return pooled
+
+
+def ranking_table(table: pd.DataFrame, n_values: Sequence[int], seed: int = 0) -> pd.DataFrame:
+    """One answer per composition, chosen among n candidates: does the energy choose better than chance?
+
+    Args:
+        table: from :func:`evaluate_csp`, or pooled.
+        n_values: numbers n of candidates to choose from: the first n in the order given.
+        seed: of the bootstrap.
+
+    Returns:
+        A row for each n, with the match rates of the candidate given first, of a random one of the n, of the one of
+        lowest energy (with its 95 % interval, low and high), and of the best of the n.
+    """
+    rms, energy, rows = _matrix(table["rms"]), _matrix(table["energy"]), []
+    for n in n_values:
+        matched, chosen = np.isfinite(rms[:, :n]), np.nan_to_num(energy[:, :n], nan=math.inf).argmin(1)
+        present = np.isfinite(energy[:, :n]).sum(1).clip(min=1)
+        lowest = matched[np.arange(len(matched)), chosen]
+        low, high = bootstrap_interval(lowest, seed)
+        rows.append((n, matched[:, 0].mean(), (matched.sum(1) / present).mean(), lowest.mean(), low, high))
+        rows[-1] += (matched.any(1).mean(),)
+    return pd.DataFrame(rows, columns=["n", "first", "random", "lowest_energy", "low", "high", "best_of_n"])

@@ -103,7 +103,9 @@ def test_edge_counts_are_the_published_ones(golden):
 def test_the_energy_is_its_literal_definition(path, config):
     model, crystals = small_model(config), random_batch()
     model.use_kernels = PATHS[path]
-    for value, literal in zip(energy_and_gradient(model, crystals), energy_and_gradient(LiteralEnergy(model), crystals)):
+    for value, literal in zip(
+        energy_and_gradient(model, crystals), energy_and_gradient(LiteralEnergy(model), crystals)
+    ):
         torch.testing.assert_close(value, literal, rtol=1e-9, atol=1e-10)
 
 
@@ -152,7 +154,9 @@ def test_both_paths_agree_in_value_and_in_every_gradient(config):
         grads = torch.autograd.grad((weights * value).sum(), inputs.values())
         results[path] = {"value": value.detach()} | dict(zip(inputs, grads))
     for name, value in results["fused"].items():
-        torch.testing.assert_close(value, results["plain"][name], rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            value, results["plain"][name], rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_a_noisy_energy_is_the_network_over_sigma_plus_the_density_term():
@@ -167,20 +171,20 @@ def test_a_noisy_energy_is_the_network_over_sigma_plus_the_density_term():
         torch.testing.assert_close(value, network / sigma + model.density_term(crystals))
 
 
-def test_a_noisy_energy_is_evaluated_at_its_lowest_level_by_default():
+def test_a_noisy_energy_is_evaluated_at_its_default_level():
     model, crystals = small_model(NOISY), random_batch()
-    lowest = torch.full((len(crystals),), NOISY.noise_min, dtype=torch.float64)
-    torch.testing.assert_close(model(crystals), model(crystals, lowest), rtol=0, atol=0)
+    default = torch.full((len(crystals),), NOISY.noise_default, dtype=torch.float64)
+    torch.testing.assert_close(model(crystals), model(crystals, default), rtol=0, atol=0)
 
 
 def test_the_density_term_uses_the_volumes_of_the_elements():
     model, crystals = small_model(), random_batch()
-    model.atomic_volume.copy_(torch.linspace(10, 30, 101))
+    model.atomic_volume.copy_(torch.linspace(10, 30, 101, dtype=torch.float64))
     expected = [
         math.log(float(volume) / sum(10 + 0.2 * number for number in numbers)) ** 2
         for volume, numbers in zip(crystals.volume, crystals.species)
     ]
-    np.testing.assert_allclose(model.density_term(crystals).numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(model.density_term(crystals).numpy(), expected, rtol=1e-9)
 
 
 def test_an_isolated_atom_in_a_wide_cell_has_an_energy():

@@ -127,6 +127,8 @@ def test_the_cutoff_is_intensive(crystal, n_cells):
     copies = [crystal.positions + n * crystal.cell[0, 0] for n in range(n_cells)]
     cell = crystal.cell.clone()
     cell[:, 0] *= n_cells
-    larger = Crystals.from_arrays(cell.numpy(), torch.cat(copies).numpy(), [crystal.species[0] * n_cells], torch.float64)
+    larger = Crystals.from_arrays(
+        cell.numpy(), torch.cat(copies).numpy(), [crystal.species[0] * n_cells], torch.float64
+    )
     torch.testing.assert_close(cutoff_radius(larger), cutoff_radius(crystal))
     torch.testing.assert_close(cutoff_radius(crystal, 2.5), 2.5 * crystal.density ** (-1 / 3))

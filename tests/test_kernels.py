@@ -19,9 +19,7 @@ def cubic(table: torch.Tensor, position: torch.Tensor, D: int) -> torch.Tensor:
     row = position.floor().long().clamp(max=len(table) - 2)
     t = (position - row)[:, None]
     (v0, s0), (v1, s1) = table[row].split(2 * D, dim=1), table[row + 1].split(2 * D, dim=1)
-    return (
-        (2 * t**3 - 3 * t**2 + 1) * v0 + (t**3 - 2 * t**2 + t) * s0 + (3 * t**2 - 2 * t**3) * v1 + (t**3 - t**2) * s1
-    )
+    return (2 * t**3 - 3 * t**2 + 1) * v0 + (t**3 - 2 * t**2 + t) * s0 + (3 * t**2 - 2 * t**3) * v1 + (t**3 - t**2) * s1
 
 
 def message_inputs(D: int = 5, dtype: torch.dtype = torch.float64) -> tuple[tuple, kernels.EdgeList]:

@@ -1,0 +1,126 @@
+"""What a score is to be compared with: published numbers, and the ceiling that polymorphs set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from contsp_core.data import DATA_DIR, load_split
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from contsp_core.split import Split
+
+PUBLISHED = DATA_DIR / "published.csv"
+COLUMNS = ["dataset", "k", "method", "match rate (%)", "95 % interval", "RMSE", "test crystals", "remarks"]
+MAX_POLYMORPHS = 4  # more than so many share the last row of the count
+
+
+def results_table(summaries: Sequence[str | Path | dict[str, Any]], published: bool = True) -> pd.DataFrame:
+    """Our scores beside the published ones, a row for each method and number k of answers.
+
+    Match at ltol, stol, angle_tol = 0.3, 0.5, 10, invalid samples included. A summary gives a row at k = 1, one at its
+    number of samples, and, if its samples carry energies, one for the best-ranked of them.
+
+    Args:
+        summaries: ``summary.json`` files, or their content.
+        published: add the published numbers for the data sets that occur.
+
+    Returns:
+        Columns dataset, k, method, match rate (%), 95 % interval, RMSE, test crystals, remarks; k = "1 of n" is the one
+        of lowest energy among n. Every difference in protocol or data from the published numbers is in the remarks.
+    """
+    read = [item if isinstance(item, dict) else json.loads(Path(item).read_text()) for item in summaries]
+    rows = [row for summary in read for row in _own_rows(summary)]
+    if published:
+        datasets = {row["dataset"] for row in rows}
+        numbers = pd.read_csv(PUBLISHED)
+        rows += [_published_row(row) for _, row in numbers[numbers["dataset"].isin(datasets)].iterrows()]
+    rows.sort(key=lambda row: (row["dataset"], "of" in str(row["k"]), int(str(row["k"]).split()[-1])))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _own_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    settings, scores = summary["settings"], summary["scores"]
+    n = settings["n_samples"]
+    keys = {1: ("match_rate@1", "rmse@1"), n: (f"match_rate@{n}", f"rmse@{n}")}
+    if scores.get("match_rate_lowest_energy") is not None and n > 1:
+        keys[f"1 of {n}"] = ("match_rate_lowest_energy", "rmse_lowest_energy")
+    rows = []
+    for k, (rate, rmse) in keys.items():
+        low, high = scores[f"{rate}_interval"]
+        values = (f"{100 * scores[rate]:.2f}", f"{100 * low:.1f} – {100 * high:.1f}", _number(scores[rmse]))
+        ranked = ["best of n by energy"] if "of" in str(k) else []
+        remarks = "; ".join(_remarks(summary) + ranked)
+        rows.append(
+            dict(zip(COLUMNS, (settings["dataset"], k, settings["method"], *values, scores["n_references"], remarks)))
+        )
+    return rows
+
+
+def _remarks(summary: dict[str, Any]) -> list[str]:
+    settings, data = summary["settings"], summary["data"]
+    remarks = [f"{settings['n_steps']} energy gradients per sample"] if settings.get("n_steps") else []
+    if settings["split"] != "test":
+        remarks.append(f"on the {settings['split']} split")
+    if settings["n_structures"] < data["n_crystals"]:
+        remarks.append(
+            f"{settings['n_structures']} of {data['n_crystals']} crystals, chosen by seed {settings['seed']}"
+        )
+    if settings["dataset"] == "prototypes":
+        remarks.append("textbook crystals bundled here, no published numbers")
+    elif not data["official"]:
+        trained_on = summary["trained_on"].get("n_structures")
+        remarks.append("not the official split" + (f", trained on {trained_on} crystals" if trained_on else ""))
+    n_missing = summary["scores"]["n_missing"]
+    return remarks + ([f"{n_missing} samples missing: no match"] if n_missing else [])
+
+
+def _published_row(row: pd.Series) -> dict[str, Any]:
+    values = (f"{row['match_rate_percent']:.2f}", "", _number(row["rmse"]), "", f"published: {row['source']}")
+    return dict(zip(COLUMNS, (row["dataset"], row["k"], row["method"], *values)))
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None or np.isnan(value) else f"{value:.4f}"
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """A table of texts and numbers in Markdown."""
+    lines = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def polymorph_counts(references: Split) -> pd.Series:
+    """For each crystal, how many crystals of its composition the whole data set has (all splits, itself included)."""
+    splits = [load_split(references.name, split) for split in ("train", "val", "test")]
+    counts = pd.Series([_formula(numbers) for split in splits for numbers in split.species]).value_counts()
+    found = [int(counts[_formula(numbers)]) for numbers in references.species]
+    return pd.Series(found, index=pd.Index(references.material_ids, name="material_id"), name="polymorphs")
+
+
+def _formula(species: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Composition in lowest terms, as something that can be counted."""
+    numbers, counts = np.unique(species, return_counts=True)
+    return tuple(zip(numbers.tolist(), (counts // np.gcd.reduce(counts)).tolist(), strict=True))
+
+
+def single_answer_ceiling(counts: pd.Series) -> tuple[float, pd.DataFrame]:
+    """Match rate at k = 1 of one who knows all crystals of a composition, but not which of them is asked for.
+
+    An answer drawn evenly from m polymorphs is right with probability 1/m. (More, where two of them match each other.)
+
+    Args:
+        counts: from :func:`polymorph_counts`.
+
+    Returns:
+        The ceiling, and a table of the share of crystals with 1, 2, … polymorphs.
+    """
+    labels = counts.clip(upper=MAX_POLYMORPHS).map(lambda m: f"{m}" if m < MAX_POLYMORPHS else f"≥ {m}")
+    shares = labels.value_counts(sort=False, normalize=True).sort_index()
+    return float((1 / counts).mean()), shares.rename_axis("crystals of the composition").rename("share").reset_index()

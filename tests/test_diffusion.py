@@ -1,0 +1,323 @@
+"""The score of the noise, the gradient of the denoising loss, and sampling, each against an exact result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from test_energy import NOISY, random_batch, small_model
+from torch import Tensor
+
+from contsp_core import Crystals
+from contsp_core.diffusion import (
+    DiffusionConfig,
+    add_noise,
+    initial_crystals,
+    random_noise_levels,
+    reverse_diffusion,
+    score,
+    score_matching_step,
+)
+from contsp_core.lattice import apply_strain
+from contsp_core.mala import strain_gradient, sum_atoms
+
+STRAIN_NOISE = 0.3  # κ, Å⁻¹
+UPPER = ([0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2])  # the six entries of a symmetric matrix
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def small_crystals() -> Crystals:
+    """Two crystals, of two and three atoms, in skewed cells."""
+    rng = np.random.default_rng(1)
+    cells = 4 * np.eye(3) + rng.uniform(-1, 1, (2, 3, 3))
+    positions = rng.uniform(0, 4, (5, 3))
+    return Crystals.from_arrays(cells, positions, [[3, 9], [22, 8, 8]], torch.float64)
+
+
+def levels(*sigma: float) -> Tensor:
+    return torch.tensor(sigma, dtype=torch.float64)
+
+
+# The score of the noise
+
+
+def log_of_symmetric(matrix: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(matrix)
+    return vectors @ np.diag(np.log(values)) @ vectors.T
+
+
+def log_density_of_strain(strain: np.ndarray, width: float) -> float:
+    """ln of the density of ε with respect to the invariant measure, by a numerical Jacobian.
+
+    As a lattice up to rotation, L exp(ε) is P = exp(2ε) in lattice coordinates; the measure on positive matrices
+    that no change of basis alters is |det P|⁻² dP.
+    """
+
+    def stretched(entries: Tensor) -> Tensor:
+        matrix = torch.zeros(3, 3, dtype=entries.dtype).index_put(tuple(map(torch.tensor, UPPER)), entries)
+        matrix = matrix + matrix.mT - torch.diag(matrix.diagonal())
+        return torch.linalg.matrix_exp(2 * matrix)[UPPER]
+
+    jacobian = torch.autograd.functional.jacobian(stretched, torch.as_tensor(strain[UPPER]))
+    log_volume = float(torch.linalg.det(jacobian).abs().log()) - 2 * 2 * np.trace(strain)
+    return -np.sum(strain**2) / (2 * width**2) - log_volume
+
+
+@pytest.mark.parametrize("sigma", [1.0, 0.02])
+def test_the_strain_score_is_the_gradient_of_the_log_density(sigma):
+    """Moving the noisy crystal by a further strain η, whose composition with ε is ½ ln(e^ε e^{2η} e^ε)."""
+    crystals, h = small_crystals(), 1e-5
+    noised = add_noise(crystals, levels(sigma, sigma), STRAIN_NOISE, generator(3))
+    for system in range(2):
+        deformation = torch.linalg.inv(crystals.cell[system]) @ noised.crystals.cell[system]
+        strain = log_of_symmetric(deformation.numpy())
+        stretch = deformation.numpy()
+        for row, column in zip(*UPPER):
+            direction = np.zeros((3, 3))
+            direction[row, column] = direction[column, row] = 1
+            values = []
+            for sign in (1, -1):
+                further = torch.linalg.matrix_exp(torch.as_tensor(2 * sign * h * direction)).numpy()
+                composed = log_of_symmetric(stretch @ further @ stretch) / 2
+                values.append(log_density_of_strain(composed, STRAIN_NOISE * sigma))
+            expected = (values[0] - values[1]) / (2 * h)
+            found = float((noised.score_strain[system] * torch.as_tensor(direction)).sum())
+            assert found == pytest.approx(expected, rel=1e-5, abs=1e-5 / (STRAIN_NOISE * sigma))
+        assert np.abs(strain - strain.T).max() < 1e-12
+
+
+def test_the_score_of_the_atoms_is_the_gradient_of_the_log_density():
+    """ln q = −|x′ e^{−ε} − x|² / 2σ² at the strain drawn."""
+    crystals, sigma = small_crystals(), levels(0.4, 0.9)
+    noised = add_noise(crystals, sigma, STRAIN_NOISE, generator(4))
+    positions = noised.crystals.positions.clone().requires_grad_()
+    undone = torch.linalg.inv(noised.crystals.cell) @ crystals.cell  # e^{−ε}
+    clean = torch.einsum("ni,nij->nj", positions, undone[crystals.system_idx])
+    log_density = -((clean - crystals.positions).square().sum(dim=1) / (2 * sigma[crystals.system_idx] ** 2)).sum()
+    (expected,) = torch.autograd.grad(log_density, positions)
+    torch.testing.assert_close(noised.score_positions, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_the_noise_has_the_variances_it_is_said_to_have():
+    """σ² (1 − 1/N) per coordinate, no net shift; κ²σ² on the diagonal of the strain and half of it off the diagonal."""
+    n_systems, sigma = 2000, 0.5
+    crystals = Crystals.from_arrays(
+        np.tile(5 * np.eye(3), (n_systems, 1, 1)),
+        np.tile(np.eye(3), (n_systems, 1)),
+        [[1, 2, 3]] * n_systems,
+        torch.float64,
+    )
+    noised = add_noise(crystals, levels(sigma).expand(n_systems), STRAIN_NOISE, generator())
+    undone = torch.linalg.inv(noised.crystals.cell) @ crystals.cell
+    moved = torch.einsum("ni,nij->nj", noised.crystals.positions, undone[crystals.system_idx]) - crystals.positions
+    assert sum_atoms(crystals, moved).abs().max() < 1e-12
+    assert float(moved.var()) == pytest.approx(sigma**2 * 2 / 3, rel=0.06)
+    strain = np.stack([log_of_symmetric(matrix) for matrix in (noised.crystals.cell / 5).numpy()])
+    width = STRAIN_NOISE * sigma
+    assert stats.kstest(strain[:, [0, 1, 2], [0, 1, 2]].ravel() / width, "norm").pvalue > 1e-3
+    assert stats.kstest(strain[:, [0, 0, 1], [1, 2, 2]].ravel() / width * math.sqrt(2), "norm").pvalue > 1e-3
+
+
+def test_the_score_of_the_model_is_minus_n_times_the_gradient_of_its_energy():
+    """Along a strain at fixed fractional coordinates, and along a displacement, by finite differences."""
+    model, crystals, sigma, h = small_model(NOISY), small_crystals(), levels(0.3, 0.8), 1e-5
+    on_atoms, on_strain = score(model, crystals, sigma)
+    rng = np.random.default_rng(0)
+    direction = torch.as_tensor(rng.standard_normal((2, 3, 3)))
+    direction = direction + direction.mT
+    ends = [model(apply_strain(crystals, sign * h * direction), sigma) for sign in (1, -1)]
+    expected = -crystals.n_atoms * (ends[0] - ends[1]) / (2 * h)
+    torch.testing.assert_close((on_strain * direction).sum(dim=(1, 2)), expected.detach(), rtol=1e-6, atol=1e-7)
+    shift = torch.as_tensor(rng.standard_normal(crystals.positions.shape))
+    ends = [model(crystals.replace(positions=crystals.positions + sign * h * shift), sigma) for sign in (1, -1)]
+    expected = -crystals.n_atoms * (ends[0] - ends[1]) / (2 * h)
+    torch.testing.assert_close(
+        sum_atoms(crystals, on_atoms * shift).sum(dim=1), expected.detach(), rtol=1e-6, atol=1e-7
+    )
+
+
+# The loss
+
+
+def exact_loss(model, crystals: Crystals, sigma: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Loss of atoms and of strain, each the mean over the batch, differentiable in the weights."""
+    kappa = model.config.strain_noise
+    noised = add_noise(crystals, sigma, kappa, rng)
+    moving = noised.crystals.replace(
+        cell=noised.crystals.cell.requires_grad_(), positions=noised.crystals.positions.requires_grad_()
+    )
+    grads = torch.autograd.grad(model(moving, sigma).sum(), (moving.cell, moving.positions), create_graph=True)
+    n_atoms, system = moving.n_atoms, moving.system_idx
+    strain = strain_gradient(moving, *grads)
+    on_strain = -n_atoms[:, None, None] * (strain + strain.mT) / 2 - noised.score_strain
+    on_atoms = -n_atoms[system][:, None] * grads[1] - noised.score_positions
+    of_atoms = sigma**2 / (3 * n_atoms) * sum_atoms(moving, on_atoms.square().sum(dim=1))
+    of_strain = (kappa * sigma) ** 2 / 6 * on_strain.square().sum(dim=(1, 2))
+    return of_atoms.mean(), of_strain.mean()
+
+
+def test_the_finite_difference_gradient_is_that_of_second_derivatives():
+    model, crystals = small_model(NOISY), random_batch()
+    model.use_kernels = False
+    sigma = torch.logspace(-1.2, 0.1, len(crystals), dtype=torch.float64)
+    row = score_matching_step(model, crystals, sigma, generator(5), step=1e-3)
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    of_atoms, of_strain = exact_loss(model, crystals, sigma, generator(5))
+    (of_atoms + of_strain).backward()
+    assert row["loss_positions"] == pytest.approx(float(of_atoms), rel=1e-9)
+    assert row["loss_strain"] == pytest.approx(float(of_strain), rel=1e-9)
+    assert row["loss"] == pytest.approx(float(of_atoms + of_strain) / 2, rel=1e-9)
+    largest = max(float(parameter.grad.abs().max()) for parameter in model.parameters())
+    assert largest > 1e-2
+    for one, parameter in zip(found, model.parameters()):
+        torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-5 * largest)
+
+
+def test_the_fused_path_gives_the_same_gradient_at_the_step_used_in_training():
+    sigma = torch.logspace(-1.2, 0.1, 5, dtype=torch.float64)
+    rows, gradients = [], []
+    for fused in (True, False):
+        model = small_model(NOISY)
+        model.use_kernels = fused
+        rows.append(score_matching_step(model, random_batch(), sigma, generator(5)))
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert rows[0] == pytest.approx(rows[1], rel=1e-8)
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-8)
+
+
+def test_a_constant_energy_has_a_loss_of_one():
+    """The score of the noise has the variance 1/σ² per direction, less the 3 of 3N directions that are translations."""
+    model = small_model(NOISY)
+    torch.nn.init.zeros_(model.fc_final.weight)
+    model.config = SimpleNamespace(**vars(model.config) | {"density_weight": 0.0})
+    n_systems, n_atoms = 600, 4
+    crystals = Crystals.from_arrays(
+        np.tile(5 * np.eye(3), (n_systems, 1, 1)),
+        np.random.default_rng(0).random((n_systems * n_atoms, 3)) * 5,
+        [[1, 2, 3, 4]] * n_systems,
+        torch.float64,
+    )
+    row = score_matching_step(model, crystals, torch.full((n_systems,), 0.05, dtype=torch.float64), generator())
+    assert row["loss_positions"] == pytest.approx(1 - 1 / n_atoms, abs=0.05)
+    assert row["loss_strain"] == pytest.approx(1, abs=0.07)
+
+
+def test_noise_levels_are_log_uniform_and_stratified():
+    model = small_model(NOISY)
+    sigma = random_noise_levels(model, 1000, generator())
+    share = torch.log(sigma / NOISY.noise_min) / math.log(NOISY.noise_max / NOISY.noise_min)
+    assert ((share >= 0) & (share <= 1)).all()
+    assert torch.equal(
+        (share.sort().values * 1000 - 1e-3).floor().clamp(min=0).long().unique().diff().max(), torch.tensor(1)
+    )
+    assert stats.kstest(share.numpy(), "uniform").pvalue > 0.99
+
+
+# Sampling
+
+
+def known_model(log_density: Callable[[Crystals, float], Tensor], strain_noise: float, noise_max: float):
+    """E with exp(−N E(U, σ)) a known density; it has what the sampler reads of a model."""
+
+    def energy(crystals: Crystals, sigma: Tensor) -> Tensor:
+        return -log_density(crystals, float(sigma[0])) / crystals.n_atoms
+
+    energy.config = SimpleNamespace(noise_max=noise_max, noise_min=0.02, strain_noise=strain_noise)
+    return energy
+
+
+def exact_moments(start: tuple[float, float], width: float, gain: float, noise_max: float, n_steps: int):
+    """Mean and variance after all steps of y ← y − g (σ² − σ′²) y / (c² + gσ²) + σ′ √(g (σ² − σ′²)) ξ / σ."""
+    sigmas = [*np.geomspace(noise_max, 0.02, n_steps), 0.0]
+    mean, variance = start
+    for sigma, below in pairwise(sigmas):
+        removed = sigma**2 - below**2
+        factor = 1 - gain * removed / (width**2 + gain * sigma**2)
+        mean, variance = factor * mean, factor**2 * variance + gain * removed * below**2 / sigma**2
+    return mean, variance
+
+
+def assert_gaussian(values: np.ndarray, mean: float, variance: float) -> None:
+    assert stats.kstest((values - mean).ravel() / math.sqrt(variance), "norm").pvalue > 1e-3
+
+
+def test_sampling_a_gaussian_pair_of_atoms_gives_its_mean_and_variance():
+    """x₂ − x₁ ~ N(r, c² + 2σ²) at level σ, in a cell that does not move; at the end N(r, c²)."""
+    n_systems, width, noise_max, n_steps, offset = 500, 0.2, 0.4, 60, 0.3
+    bond = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+
+    def deviation(crystals: Crystals) -> Tensor:
+        pair = crystals.positions.view(-1, 2, 3)
+        apart = pair[:, 1] - pair[:, 0] - bond
+        return apart - 8 * (apart / 8).round().detach()
+
+    def log_density(crystals: Crystals, sigma: float) -> Tensor:
+        return -deviation(crystals).square().sum(dim=1) / (2 * (width**2 + 2 * sigma**2))
+
+    rng = np.random.default_rng(0)
+    first = rng.uniform(0, 8, (n_systems, 1, 3))
+    variance = width**2 + 2 * noise_max**2
+    second = first + bond.numpy() + offset + math.sqrt(variance) * rng.standard_normal(first.shape)
+    positions = np.concatenate([first, second], axis=1).reshape(-1, 3)
+    crystals = Crystals.from_arrays(
+        np.tile(8 * np.eye(3), (n_systems, 1, 1)), positions, [[3, 9]] * n_systems, torch.float64
+    )
+    seen: list[int] = []
+    model = known_model(log_density, 0.0, noise_max)
+    found = reverse_diffusion(model, crystals, DiffusionConfig(n_steps), generator(), lambda i, _: seen.append(i))
+    mean, expected = exact_moments((offset, variance), width, 2, noise_max, n_steps)
+    assert seen == list(range(n_steps))
+    assert_gaussian(deviation(found).numpy(), mean, expected)
+    assert expected == pytest.approx(width**2, rel=0.15) and abs(mean) < 0.3 * width  # the steps are nearly fine enough
+
+
+def test_sampling_a_gaussian_volume_gives_its_mean_and_variance():
+    """ln V ~ N(v, c² + 3κ²σ²) at level σ: the trace of the strain noise has three times the variance of an entry."""
+    n_systems, width, noise_max, n_steps, kappa, centre = 600, 0.1, 1.0, 60, 0.06, math.log(40)
+
+    def log_density(crystals: Crystals, sigma: float) -> Tensor:
+        return -((crystals.volume.log() - centre) ** 2) / (2 * (width**2 + 3 * kappa**2 * sigma**2))
+
+    rng = np.random.default_rng(0)
+    variance = width**2 + 3 * kappa**2 * noise_max**2
+    log_volume = centre + math.sqrt(variance) * rng.standard_normal(n_systems)
+    cells = (
+        np.array([[1, 0, 0], [0.1, 1.1, 0], [0.2, 0.3, 1.3]]) / 1.43 ** (1 / 3) * np.exp(log_volume / 3)[:, None, None]
+    )
+    crystals = Crystals.from_arrays(cells, np.zeros((n_systems, 3)), [[1]] * n_systems, torch.float64)
+    model = known_model(log_density, kappa, noise_max)
+    found = reverse_diffusion(model, crystals, DiffusionConfig(n_steps), generator())
+    _, expected = exact_moments((0.0, variance), width, 3 * kappa**2, noise_max, n_steps)
+    assert_gaussian(found.volume.log().numpy() - centre, 0.0, expected)
+    assert expected == pytest.approx(width**2, rel=0.1)
+
+
+def test_without_noise_the_steps_are_deterministic():
+    model, crystals = small_model(NOISY), small_crystals()
+    results = [reverse_diffusion(model, crystals, DiffusionConfig(4, noise_scale=0.0), generator(s)) for s in (0, 1)]
+    assert torch.equal(results[0].positions, results[1].positions)
+    different = [reverse_diffusion(model, crystals, DiffusionConfig(4), generator(s)) for s in (0, 1)]
+    assert not torch.equal(different[0].positions, different[1].positions)
+
+
+def test_the_start_has_the_expected_volume_the_shape_of_a_training_cell_and_uniform_atoms():
+    model = small_model(NOISY, torch.float32)
+    model.config = SimpleNamespace(**vars(model.config) | {"strain_noise": 0.0})
+    model.atomic_volume.copy_(torch.arange(101.0))
+    shape = torch.diag(torch.tensor([1.0, 2.0, 0.5]))
+    model.start_cells[:256], model.start_n_atoms[:256] = shape, 4
+    crystals = initial_crystals(model, [[10, 20, 30, 40]] * 400 + [[5]], generator())
+    assert crystals.volume[:400].numpy() == pytest.approx(np.full(400, 100.0), rel=1e-5)
+    torch.testing.assert_close(crystals.cell[0], shape * 100 ** (1 / 3))
+    torch.testing.assert_close(crystals.cell[400], torch.eye(3) * 5 ** (1 / 3))  # the bank's other cells hold one atom
+    assert stats.kstest(crystals.frac_coords.numpy().ravel(), "uniform").pvalue > 1e-3

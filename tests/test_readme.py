@@ -1,0 +1,22 @@
+"""The example in the README runs as printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from contsp_core.checkpoints import CHECKPOINTS
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_python_example_runs_and_predicts_the_formula_asked_for(capsys):
+    if not (CHECKPOINTS / "prototypes.safetensors").is_file():
+        pytest.skip("the bundled checkpoint of prototypes is missing")
+    (snippet,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    namespace: dict = {}
+    exec(compile(snippet, "README.md", "exec"), namespace)
+    assert {structure.composition.reduced_formula for structure in namespace["candidates"]} == {"NaCl"}
+    assert "space group" in capsys.readouterr().out

@@ -1,0 +1,107 @@
+"""Structures drawn from an energy: repeatable, complete, and refused where the request makes no sense."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from test_energy import NOISY, SMALL, small_model
+
+from contsp_core import Crystals, sampler
+from contsp_core.diffusion import DiffusionConfig
+from contsp_core.mala import AnnealConfig
+from contsp_core.sampler import sample_structures, sampling_config
+
+ENTRIES = ["NaCl", [8, 22, 8], "Fe"]
+SPECIES = [[11, 17], [8, 22, 8], [26]]
+
+
+@pytest.fixture(params=[SMALL, NOISY], ids=["annealing", "noise levels"])
+def model(request):
+    return small_model(request.param, torch.float32)
+
+
+def geometry(results) -> list[np.ndarray]:
+    return [np.vstack([s.lattice.matrix, s.cart_coords]) for structures in results for s in structures]
+
+
+def test_each_entry_gets_its_atoms_in_its_order_and_the_energy_of_each_structure(model):
+    results = sample_structures(model, ENTRIES, n_samples=3, n_steps=4)
+    assert [len(structures) for structures in results] == [3, 3, 3]
+    for structures, species in zip(results, SPECIES):
+        for structure in structures:
+            assert list(structure.atomic_numbers) == species
+            with torch.no_grad():
+                energy = float(model(Crystals.from_structures([structure])))
+            assert structure.properties["energy"] == pytest.approx(energy, rel=1e-3, abs=1e-3)
+    matrices = {structure.lattice.matrix.tobytes() for structures in results for structure in structures}
+    assert len(matrices) == 9  # all different
+
+
+def test_the_same_seed_gives_the_same_structures_and_another_seed_others(model):
+    one, same, other = (geometry(sample_structures(model, ENTRIES, 2, 3, seed)) for seed in (5, 5, 6))
+    assert all((a == b).all() for a, b in zip(one, same, strict=True))
+    assert not any(np.allclose(a, b) for a, b in zip(one, other))
+
+
+def test_the_global_seed_plays_no_part(model):
+    results = []
+    for seed in (0, 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            results.append(geometry(sample_structures(model, ["NaCl"], 2, 3)))
+    assert all((a == b).all() for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("max_bytes", [1, 30_000, 1 << 30])
+def test_a_memory_budget_changes_batches_but_not_what_is_returned(model, max_bytes):
+    results = sample_structures(model, ENTRIES, n_samples=4, n_steps=2, max_bytes=max_bytes)
+    assert [[list(s.atomic_numbers) for s in structures] for structures in results] == [[s] * 4 for s in SPECIES]
+
+
+def test_batches_fit_the_budget_and_hold_every_chain_once():
+    n_atoms = [1, 2, 5, 30]
+    chains = [0, 0, 0, 1, 1, 2, 2, 2, 3]
+    per_atom = sampler.BYTES_PER_EDGE * sampler.EDGES_PER_ATOM
+    batches = list(sampler._batches(chains, n_atoms, 10 * per_atom))
+    assert Counter(chain for batch in batches for chain in batch) == Counter(chains)
+    assert all(len(batch) == 1 or sum(n_atoms[chain] for chain in batch) <= 10 for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("species", "options", "message"),
+    [
+        (["NaCl"], {"n_samples": 0}, "n_samples is 0, expected ≥ 1"),
+        (["NaCl"], {"n_steps": 0}, "n_steps is 0, expected ≥ 1"),
+        ([], {}, r"species is \[\]"),
+        ("NaCl", {}, "species is 'NaCl', expected a list"),
+        (["NaXq"], {}, "formula 'NaXq' cannot be read"),
+        ([""], {}, "formula ''"),
+        (["Na0.5Cl"], {}, "formula 'Na0.5Cl' is empty or has fractional counts"),
+        ([[11, 101]], {}, "holds an unknown element"),
+        ([[]], {}, "is empty"),
+        ([[1.5]], {}, "cannot be read"),
+        ([26], {}, "species entry 26 cannot be read"),
+    ],
+)
+def test_requests_without_sense_are_refused_in_one_line(species, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        sample_structures(small_model(dtype=torch.float32), species, **({"n_samples": 1, "n_steps": 1} | options))
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_is_sampled_as_its_settings_say():
+    assert sampling_config(small_model(SMALL)) == AnnealConfig()
+    model = small_model(NOISY)
+    assert sampling_config(model) == DiffusionConfig()
+    model.settings = {"sampling": {"n_steps": 7, "noise_scale": 0.5}}
+    assert sampling_config(model) == DiffusionConfig(7, 0.5)
+
+
+def test_progress_is_shown_on_request(model, capsys):
+    sample_structures(model, ["Fe"], n_samples=1, n_steps=3)
+    assert not capsys.readouterr().err
+    sample_structures(model, ["Fe"], n_samples=1, n_steps=3, progress=True)
+    assert "3/3" in capsys.readouterr().err
