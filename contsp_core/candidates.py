@@ -17,7 +17,7 @@ from contsp_core.diffusion import DiffusionConfig, reverse_diffusion
 from contsp_core.energy import ContinuousCGCNN, energy_and_gradient
 from contsp_core.lattice import apply_strain, niggli
 from contsp_core.mala import anneal, strain_gradient, sum_atoms
-from contsp_core.sampler import BYTES_PER_EDGE, EDGES_PER_ATOM, sample_structures, sampling_config
+from contsp_core.sampler import bytes_per_atom, sample_structures, sampling_config
 from contsp_core.templates import TemplateLibrary, random_structures
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def make_candidates(
     """
     _check_source(source, model, library)
     if source == "chains":
-        max_bytes = batch_atoms * BYTES_PER_EDGE * EDGES_PER_ATOM
+        max_bytes = batch_atoms * bytes_per_atom(model)
         return sample_structures(model, species, n_samples, n_steps, seed, max_bytes=max_bytes)
     if source.startswith("random"):
         volumes = library.atomic_volumes

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
 from contsp_core.energy import ContinuousCGCNN, EnergyConfig
 
@@ -33,9 +31,26 @@ def save_checkpoint(path: str | Path, model: ContinuousCGCNN, settings: dict[str
         "settings": json.dumps(settings, sort_keys=True),
     }
     partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial, metadata)
+    partial.write_bytes(_to_safetensors(model.state_dict(), metadata))
     partial.replace(path)
     return path
+
+
+def _to_safetensors(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """The safetensors format, written here so that a training node needs torch and numpy only.
+
+    Length of the header (8 bytes, little endian), header (JSON, padded to 8 bytes), then the tensors, row-major.
+    """
+    names = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
+    arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, array in arrays.items():
+        start, end = end, end + array.nbytes
+        header[name] = {"dtype": names[tensors[name].dtype], "shape": array.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + b"".join(array.tobytes() for array in arrays.values())
 
 
 def find_checkpoint(name_or_path: str | Path) -> Path:
@@ -60,6 +75,8 @@ def read_settings(name_or_path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: on a file that is truncated or not one of ours. Nothing in a file is ever executed.
     """
+    from safetensors import SafetensorError, safe_open
+
     path = find_checkpoint(name_or_path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -82,6 +99,8 @@ def load_model(name_or_path: str | Path, device: str | torch.device | None = Non
     Raises:
         ValueError: on a missing, truncated or foreign file.
     """
+    from safetensors.torch import load_file
+
     settings = read_settings(name_or_path)
     path = find_checkpoint(name_or_path)
     try:

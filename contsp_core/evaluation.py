@@ -112,7 +112,7 @@ def evaluate_checkpoint(
     steps = _steps(source, model, n_steps)
     settings = {
         "source": source,
-        "checkpoint": None if model is None else _checkpoint_id(checkpoint),
+        "checkpoint": None if model is None else checkpoint_id(checkpoint),
         "dataset": dataset,
         "split": split,
         "test_data": chosen.source.blob_id,
@@ -172,7 +172,7 @@ def evaluate_cifs(
     settings = {
         "source": "cifs",
         "method": method,
-        "checkpoint": None if model is None else _checkpoint_id(checkpoint),
+        "checkpoint": None if model is None else checkpoint_id(checkpoint),
         "dataset": dataset,
         "split": split,
         "test_data": chosen.source.blob_id,
@@ -197,7 +197,8 @@ def _steps(source: str, model: ContinuousCGCNN | None, n_steps: int | None) -> i
     return 0 if source in ("random", "templates") else n_steps or N_STEPS.get(source, 0)
 
 
-def _checkpoint_id(checkpoint: str | Path) -> str:
+def checkpoint_id(checkpoint: str | Path) -> str:
+    """Name of a checkpoint with the start of its SHA-256."""
     path = find_checkpoint(checkpoint)
     return f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
 
@@ -247,13 +248,11 @@ def _to_csv(table: pd.DataFrame) -> str:
 
 def read_per_crystal(path: str | Path) -> pd.DataFrame:
     """The table behind a ``per_crystal.csv``; it can be summarised, plotted and pooled again."""
-    table = pd.read_csv(
-        path, index_col="material_id", dtype={"material_id": str, "formula": str}, keep_default_na=False
-    )
+    texts = {"material_id": str, "formula": str}  # NaN is also sodium nitride
+    missing = {"rms_best": [""], "same_space_group": [""]}
+    table = pd.read_csv(path, index_col="material_id", dtype=texts, keep_default_na=False, na_values=missing)
     for name in LISTS:
         table[name] = [json.loads(text.replace("null", "NaN")) for text in table[name]]
-    for name in ("rms_best", "same_space_group"):
-        table[name] = pd.to_numeric(table[name].replace("", "nan"))
     return table
 
 

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from contsp_core.crystals import Crystals
+from contsp_core.crystals import MIN_VOLUME, Crystals
 from contsp_core.energy import energy_and_gradient
 from contsp_core.lattice import apply_strain, niggli
 
@@ -43,7 +43,7 @@ class ChainState:
         grad_strain: (n_systems, 3, 3) ∂E/∂ε of L exp(ε) at fixed fractional coordinates, for any description.
         grad_positions: (n_atoms_total, 3) ∂E/∂X, Å⁻¹.
         accepted: (n_systems,) bool, whether the last proposal was accepted.
-        n_nonfinite: (n_systems,) proposals so far that were rejected for a non-finite energy or gradient.
+        n_nonfinite: (n_systems,) proposals so far rejected for a flat cell, or a non-finite energy or gradient.
     """
 
     crystals: Crystals
@@ -195,11 +195,12 @@ def mala_step(
             |det L|⁻³ dL d(frac), which no choice of description changes.
 
     Returns:
-        A new state. A proposal with a non-finite energy or gradient is rejected, and counted in ``n_nonfinite``.
+        A new state. A proposal with a flat cell, or a non-finite energy or gradient, is rejected, and counted in
+        ``n_nonfinite``.
     """
     old = state.crystals
     move = draw_move(state, proposal, step, temperature, rng)
-    moved = apply_move(old, move, proposal)
+    moved, sound = _old_where_flat(apply_move(old, move, proposal), old)
     crystals = niggli(moved)
     value, grad_cell, grad_positions = energy_and_gradient(energy, crystals)
     grad_strain = strain_gradient(crystals, grad_cell, grad_positions)
@@ -210,8 +211,18 @@ def mala_step(
     log_ratio = (state.energy - value) / temperature + backward - forward
     log_ratio = log_ratio + log_measure_ratio(old, crystals, proposal, measure)
     accepted = metropolis(log_ratio, rng)
-    finite = torch.isfinite(value) & (torch.isfinite(log_ratio) | (log_ratio == torch.inf))
+    finite = sound & torch.isfinite(value) & (torch.isfinite(log_ratio) | (log_ratio == torch.inf))
     return _select(accepted & finite, proposed, replace(state, n_nonfinite=state.n_nonfinite + (~finite).long()))
+
+
+def _old_where_flat(moved: Crystals, old: Crystals) -> tuple[Crystals, Tensor]:
+    """The old crystal in place of a proposal that is none (not finite, or flat), and (n_systems,) where it is one."""
+    broken = sum_atoms(old, (~moved.positions.isfinite()).any(dim=1).to(old.cell.dtype)) > 0
+    volume = moved.volume
+    sound = torch.isfinite(volume) & (volume > MIN_VOLUME) & ~broken
+    atoms = sound.index_select(0, old.system_idx)[:, None]
+    cell = torch.where(sound[:, None, None], moved.cell, old.cell)
+    return moved.replace(cell=cell, positions=torch.where(atoms, moved.positions, old.positions)), sound
 
 
 def _select(accepted: Tensor, new: ChainState, old: ChainState) -> ChainState:

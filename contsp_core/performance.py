@@ -216,6 +216,33 @@ def step_function(model: Callable[[Crystals], Tensor], crystals: Crystals) -> Ca
     return lambda: mala_step(model, state, step.to(state.energy), temperature.to(state.energy), rng)
 
 
+def acceptance(energy: Callable[[Crystals], Tensor], crystals: Crystals, n_steps: int, seed: int = 0) -> float:
+    """Share of accepted proposals of short chains, half way down the paper's schedules."""
+    state, rng, accepted = mala_init(energy, crystals), torch.Generator().manual_seed(seed), []
+    step, temperature = torch.full((crystals.n_systems, 2), 0.016), torch.full((crystals.n_systems,), 0.03)
+    for _ in range(n_steps):
+        state = mala_step(energy, state, step.to(state.energy), temperature.to(state.energy), rng)
+        accepted.append(state.accepted.float().mean())
+    return float(torch.stack(accepted).mean())
+
+
+def measure_batch(model: ContinuousCGCNN, crystals: Crystals, x: float) -> dict[str, float]:
+    """One point of a scaling curve: ``x``, numbers of atoms and edges, times of step and search (s), peak bytes."""
+    from contsp_core import kernels
+
+    cutoff = cutoff_radius(crystals, model.config.cutoff_multiple)
+    n_atoms = len(crystals.positions)
+    repeats = 3 if n_atoms > 2000 else 10
+    return {
+        "x": x,
+        "n_atoms": n_atoms,
+        "n_edges": count_edges(crystals, model.config),
+        "step_s": time_step(model, crystals, repeats),
+        "search_s": cpu_time(lambda: kernels.build_edges(crystals, cutoff), repeats),
+        "peak_bytes": peak_memory(step_function(model, crystals)),
+    }
+
+
 def perovskite_like(n_systems: int, seed: int = 0, rattle: float = 0.1) -> Crystals:
     """ABX₃ in nearly cubic cells of 3.8 to 4.2 Å, atoms displaced by Gaussians of ``rattle`` Å, random elements."""
     rng = torch.Generator().manual_seed(seed)

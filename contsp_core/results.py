@@ -1,4 +1,4 @@
-"""What a score is to be compared with: published numbers, and the ceiling that polymorphs set."""
+"""Scores as tables, and what they are to be compared with: published numbers, and the ceiling that polymorphs set."""
 
 from __future__ import annotations
 
@@ -8,16 +8,33 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from pymatgen.core.structure_matcher import StructureMatcher
 
 from contsp_core.data import DATA_DIR, load_split
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pymatgen.core import Structure
+
+    from contsp_core.evaluation import Evaluation
     from contsp_core.split import Split
 
 PUBLISHED = DATA_DIR / "published.csv"
 COLUMNS = ["dataset", "k", "method", "match rate (%)", "95 % interval", "RMSE", "test crystals", "remarks"]
+SCORES = {
+    "match_rate": "match rate",
+    "rmse": "RMSE",
+    "match_rate_valid": "match rate, valid samples only",
+    "rmse_valid": "RMSE, valid samples only",
+    "match_rate_strict": "match rate, strict tolerances",
+    "match_rate_random": "match rate, samples in random order",
+    "match_rate_ranked": "match rate, samples ranked by energy",
+    "crmse": "cRMSE",
+    "metre": "METRe",
+    "metre_crmse": "cRMSE of METRe",
+}
+MISSING = "–"
 MAX_POLYMORPHS = 4  # more than so many share the last row of the count
 
 
@@ -49,7 +66,7 @@ def _own_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     settings, scores = summary["settings"], summary["scores"]
     n = settings["n_samples"]
     keys = {1: ("match_rate@1", "rmse@1"), n: (f"match_rate@{n}", f"rmse@{n}")}
-    if scores.get("match_rate_lowest_energy") is not None and n > 1:
+    if _number(scores.get("match_rate_lowest_energy")) != MISSING and n > 1:
         keys[f"1 of {n}"] = ("match_rate_lowest_energy", "rmse_lowest_energy")
     rows = []
     for k, (rate, rmse) in keys.items():
@@ -87,7 +104,46 @@ def _published_row(row: pd.Series) -> dict[str, Any]:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None or np.isnan(value) else f"{value:.4f}"
+    return MISSING if value is None or np.isnan(value) else f"{value:.4f}"
+
+
+def score_table(scores: dict[str, Any]) -> pd.DataFrame:
+    """Scores at k = 1 and k = n_samples side by side: a row for each score, each with its 95 % interval.
+
+    Args:
+        scores: of :func:`contsp_core.metrics.summarise`.
+    """
+    rows = {}
+    for k in sorted({1, scores["n_samples"]}):
+        for name, label in SCORES.items():
+            value = scores.get(f"{name}@{k}")
+            text = _number(value)
+            if text != MISSING:
+                low, high = scores[f"{name}@{k}_interval"]
+                text = f"{value:.3f} [{low:.3f}, {high:.3f}]"
+            rows.setdefault(label, {})[f"k = {k}"] = text
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def extreme_cases(result: Evaluation, n: int = 2) -> tuple[list[Structure], list[str]]:
+    """Best and worst predictions, each after its reference, with titles: n of smallest rms, n of largest or no match.
+
+    A matching sample is shown in the cell of its reference; a crystal without match by its first sample.
+    """
+    order = result.table["rms_best"].fillna(np.inf).argsort(kind="stable").to_numpy()
+    structures, titles = [], []
+    for row in dict.fromkeys([*order[:n], *order[-n:]]):
+        reference, best = result.references.structures[row], int(result.table["best_index"].iloc[row])
+        sample = result.predictions[row][max(best, 0)]
+        if sample is None:
+            continue
+        rms = result.table["rms_best"].iloc[row]
+        aligned = (
+            StructureMatcher(ltol=0.3, stol=0.5, angle_tol=10).get_s2_like_s1(reference, sample) if best >= 0 else None
+        )
+        structures += [reference, aligned or sample.get_reduced_structure()]
+        titles += [f"{result.references.material_ids[row]}", "no match" if best < 0 else f"sample, rms {rms:.3f}"]
+    return structures, titles
 
 
 def to_markdown(table: pd.DataFrame) -> str:

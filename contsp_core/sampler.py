@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm.auto import tqdm
 
 from contsp_core.crystals import Crystals
 from contsp_core.diffusion import DiffusionConfig, initial_crystals, reverse_diffusion
@@ -17,8 +17,31 @@ from contsp_core.mala import AnnealConfig, anneal, random_crystals
 if TYPE_CHECKING:
     from pymatgen.core import Structure
 
-BYTES_PER_EDGE = 120  # of the graph and its gradients on the fused path, measured
-EDGES_PER_ATOM = 60  # undirected edges within a radius of 3 (V/N)^{1/3}: half of (4π/3)·27
+
+def bytes_per_atom(model: ContinuousCGCNN) -> int:
+    """Peak memory of an energy gradient per atom of the batch, bytes: what was measured, rounded up.
+
+    The fused kernels keep the edges, and the features of each atom in each layer; the plain path keeps the features of
+    each edge too.
+    """
+    config = model.config
+    edges = math.ceil(2 / 3 * math.pi * config.cutoff_multiple**3)  # undirected, at uniform density
+    features = config.width * config.n_conv
+    if _is_fused(model):
+        return 114 * edges + 39 * features
+    return 110 * edges * features
+
+
+def default_max_bytes(model: ContinuousCGCNN) -> int:
+    """100 MB with the fused kernels (more is no faster), 1 GB without, a quarter of the memory of a GPU."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 4
+    return (100 if _is_fused(model) else 1024) << 20
+
+
+def _is_fused(model: ContinuousCGCNN) -> bool:
+    return model.use_kernels and next(model.parameters()).device.type == "cpu"
 
 
 def sampling_config(model: ContinuousCGCNN) -> DiffusionConfig | AnnealConfig:
@@ -50,7 +73,7 @@ def sample_structures(
     seed: int = 0,
     device: str | torch.device | None = None,
     *,
-    max_bytes: int = 64 << 20,
+    max_bytes: int | None = None,
     progress: bool = False,
 ) -> list[list[Structure]]:
     """Draw crystals of given species from a trained energy.
@@ -62,7 +85,7 @@ def sample_structures(
         n_steps: length of the chains; by default as the model's settings say.
         seed: the same seed on the same machine gives the same structures.
         device: where to run; the model stays where it is by default.
-        max_bytes: chains are run in batches whose edges fit in so many bytes.
+        max_bytes: chains are run in batches that fit in so much memory; see :func:`default_max_bytes`.
         progress: show a progress bar of chain steps.
 
     Returns:
@@ -71,6 +94,8 @@ def sample_structures(
     Raises:
         ValueError: on an entry that is no formula and no list of atomic numbers, or a count below 1.
     """
+    from tqdm.auto import tqdm
+
     from contsp_core.data import resolve_species
 
     for name, value in (("n_samples", n_samples), ("n_steps", 1 if n_steps is None else n_steps)):
@@ -82,7 +107,8 @@ def sample_structures(
     model = model if device is None else model.to(device)
     chains = sorted((index for index in range(len(entries)) for _ in range(n_samples)), key=lambda i: len(entries[i]))
     results: list[list[Structure]] = [[] for _ in entries]
-    batches = list(_batches(chains, [len(entry) for entry in entries], max_bytes))
+    max_atoms = (max_bytes or default_max_bytes(model)) // bytes_per_atom(model)
+    batches = list(_batches(chains, [len(entry) for entry in entries], max_atoms))
     with tqdm(total=len(batches) * config.n_steps, desc="sampling", unit="step", disable=not progress) as bar:
         for number, batch in enumerate(batches):
             rng = torch.Generator().manual_seed(seed * 1_000_003 + number)
@@ -95,12 +121,11 @@ def sample_structures(
     return results
 
 
-def _batches(chains: list[int], n_atoms: list[int], max_bytes: int):
-    """Cut the chains (sorted by size) into batches of at most ``max_bytes`` of edges, at least one chain each."""
-    budget = max(1, max_bytes // (BYTES_PER_EDGE * EDGES_PER_ATOM))
+def _batches(chains: list[int], n_atoms: list[int], max_atoms: int) -> Iterator[list[int]]:
+    """Cut the chains (sorted by size) into batches of at most ``max_atoms`` atoms, at least one chain each."""
     batch, used = [], 0
     for chain in chains:
-        if batch and used + n_atoms[chain] > budget:
+        if batch and used + n_atoms[chain] > max_atoms:
             yield batch
             batch, used = [], 0
         batch.append(chain)

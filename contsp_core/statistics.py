@@ -219,8 +219,13 @@ def ranking_table(table: pd.DataFrame, n_values: Sequence[int], seed: int = 0) -
     Returns:
         A row for each n, with the match rates of the candidate given first, of a random one of the n, of the one of
         lowest energy (with its 95 % interval, low and high), and of the best of the n.
+
+    Raises:
+        ValueError: if a candidate that matches has no energy.
     """
     rms, energy, rows = _matrix(table["rms"]), _matrix(table["energy"]), []
+    if (np.isfinite(rms) & np.isnan(energy)).any():
+        raise ValueError("table holds candidates without energy, expected one for each")
     for n in n_values:
         matched, chosen = np.isfinite(rms[:, :n]), np.nan_to_num(energy[:, :n], nan=math.inf).argmin(1)
         present = np.isfinite(energy[:, :n]).sum(1).clip(min=1)

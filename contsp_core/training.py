@@ -330,7 +330,7 @@ def _progress(row: dict[str, float]) -> dict[str, Any]:
 def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m contsp_core.training", description=__doc__)
     parser.add_argument("--dataset", required=True, help="prototypes, perov5, mp20, mpts52 or carbon24")
-    parser.add_argument("--output", type=Path, required=True, help="checkpoint to write, ….safetensors")
+    parser.add_argument("--output", type=Path, help="checkpoint to write (default runs/<dataset>.safetensors)")
     parser.add_argument("--objective", default="score_matching", help="score_matching or contrastive_divergence")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; the learning rate follows")
     parser.add_argument("--n-updates", type=int, help="updates, instead of the preset's")
@@ -354,7 +354,8 @@ def main(arguments: list[str]) -> None:
             bar.set_postfix({name: f"{row[name]:.3g}" for name in ("loss", "acceptance_rate") if name in row})
             bar.update()
 
-        run(options.dataset, energy, config, options.output, on_row=show, device=options.device)
+        output = options.output or Path("runs") / f"{options.dataset}.safetensors"
+        run(options.dataset, energy, config, output, on_row=show, device=options.device)
 
 
 if __name__ == "__main__":

@@ -174,13 +174,15 @@ def test_the_finite_difference_gradient_is_that_of_second_derivatives():
     model.zero_grad()
     of_atoms, of_strain = exact_loss(model, crystals, sigma, generator(5))
     (of_atoms + of_strain).backward()
+    expected = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]  # the last bias has none
+    of_atoms, of_strain = of_atoms.detach(), of_strain.detach()
     assert row["loss_positions"] == pytest.approx(float(of_atoms), rel=1e-9)
     assert row["loss_strain"] == pytest.approx(float(of_strain), rel=1e-9)
     assert row["loss"] == pytest.approx(float(of_atoms + of_strain) / 2, rel=1e-9)
-    largest = max(float(parameter.grad.abs().max()) for parameter in model.parameters())
-    assert largest > 1e-2
-    for one, parameter in zip(found, model.parameters()):
-        torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-5 * largest)
+    largest = max(float(grad.abs().max()) for grad in expected)
+    assert largest > 1e-3
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * largest)
 
 
 def test_the_fused_path_gives_the_same_gradient_at_the_step_used_in_training():
@@ -215,12 +217,10 @@ def test_a_constant_energy_has_a_loss_of_one():
 def test_noise_levels_are_log_uniform_and_stratified():
     model = small_model(NOISY)
     sigma = random_noise_levels(model, 1000, generator())
-    share = torch.log(sigma / NOISY.noise_min) / math.log(NOISY.noise_max / NOISY.noise_min)
-    assert ((share >= 0) & (share <= 1)).all()
-    assert torch.equal(
-        (share.sort().values * 1000 - 1e-3).floor().clamp(min=0).long().unique().diff().max(), torch.tensor(1)
-    )
-    assert stats.kstest(share.numpy(), "uniform").pvalue > 0.99
+    share = (torch.log(sigma / NOISY.noise_min) / math.log(NOISY.noise_max / NOISY.noise_min)).sort().values
+    stratum = torch.arange(1000) / 1000  # one level in each
+    assert (share > stratum - 1e-5).all() and (share < stratum + 0.001 + 1e-5).all()
+    assert not torch.equal(sigma, sigma.sort().values)
 
 
 # Sampling

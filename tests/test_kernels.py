@@ -125,14 +125,14 @@ def test_threads_share_the_edges_by_whole_crystals():
     assert len(bounds) == 4 and all(systems[bound - 1] != systems[bound] for bound in inner)
 
 
-def test_interpolation_errors_are_at_the_level_of_rounding():
-    """Single precision has a coarser table; both stay far below what the energy must reach."""
+def test_interpolation_errors_stay_below_what_the_energy_must_reach():
+    """Single precision has a coarser table; the slope of the interpolant is less exact than its value."""
     config = replace(SMALL, n_basis=32)
-    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
+    for dtype, tolerances in ((torch.float64, (1e-11, 1e-9, 1e-9)), (torch.float32, (2e-5, 1e-4, 1e-4))):
         model, crystals = small_model(config, dtype), random_batch(dtype=dtype)
         fused = energy_and_gradient(model, crystals)
         model.use_kernels = False
-        for ours, plain in zip(fused, energy_and_gradient(model, crystals)):
+        for ours, plain, tolerance in zip(fused, energy_and_gradient(model, crystals), tolerances):
             torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import pytest
@@ -162,7 +163,7 @@ def volume_chains(
     crystals = batch_of(cells, rng.random((n_systems, n_atoms, 3)), n_atoms)
     options = {"proposal": proposal, "measure": measure}
     state, acceptance = run(volume_energy, crystals, n_steps, CELL_STEP[proposal], 0.05, temperature, **options)
-    assert 0.3 < acceptance < 0.99
+    assert 0.1 < acceptance < 0.99
     return standard_log_volumes(state, measure, n_atoms, temperature)
 
 
@@ -250,19 +251,21 @@ def numerical_gradient(function: Callable[[np.ndarray], float], x: np.ndarray, h
     return grad
 
 
+BOX = np.array(list(product(range(-3, 4), repeat=3)), dtype=float)
+
+
 def energy_of(cell: np.ndarray, positions: np.ndarray) -> float:
-    """ln²V and a sum over the pairs of fractional coordinates, written with numpy."""
-    frac = positions @ np.linalg.inv(cell)
-    wave = np.cos(2 * np.pi * (frac[:, None] - frac[None])).sum()
-    tilt = (cell @ cell.T)[0, 1]
-    return 2 * math.log(abs(np.linalg.det(cell)) / 30) ** 2 + 0.1 * wave + 0.02 * tilt
+    """2 ln²(V/30) and exp(−r²/2) summed over all pairs of atoms and images, written with numpy."""
+    vectors = positions[:, None, None] - positions[None, :, None] + BOX @ cell
+    return 2 * math.log(abs(np.linalg.det(cell)) / 30) ** 2 + np.exp(-np.sum(vectors**2, axis=-1) / 2).sum()
 
 
 def energy_in_torch(crystals: Crystals) -> Tensor:
-    frac = crystals.frac_coords.view(crystals.n_systems, -1, 3)
-    wave = torch.cos(2 * math.pi * (frac[:, :, None] - frac[:, None])).sum(dim=(1, 2, 3))
-    tilt = (crystals.cell @ crystals.cell.mT)[:, 0, 1]
-    return 2 * (crystals.volume / 30).log() ** 2 + 0.1 * wave + 0.02 * tilt
+    """The same for a batch of crystals with equally many atoms."""
+    positions = crystals.positions.view(crystals.n_systems, -1, 3)
+    pairs = positions[:, :, None] - positions[:, None]
+    vectors = pairs[:, :, :, None] + (torch.as_tensor(BOX) @ crystals.cell)[:, None, None]
+    return 2 * (crystals.volume / 30).log() ** 2 + torch.exp(-vectors.square().sum(dim=-1) / 2).sum(dim=(1, 2, 3))
 
 
 def expm_symmetric(strain: np.ndarray) -> np.ndarray:
@@ -392,7 +395,7 @@ def test_the_measure_factor_is_the_jacobian_of_move_and_return(proposal, measure
     new = start.replace(cell=new_cell)
     expected = torch.linalg.det(jacobian).abs().log()
     if measure == "invariant":  # the target has the density V^{−N−3} with respect to dL dX
-        expected = expected - (n_atoms + 3) * (new.volume / start.volume).log()
+        expected = expected - (n_atoms + 3) * (new.volume / start.volume).log()[0]
     torch.testing.assert_close(mala.log_measure_ratio(start, new, proposal, measure)[0], expected)
 
 

@@ -64,8 +64,7 @@ def test_a_memory_budget_changes_batches_but_not_what_is_returned(model, max_byt
 def test_batches_fit_the_budget_and_hold_every_chain_once():
     n_atoms = [1, 2, 5, 30]
     chains = [0, 0, 0, 1, 1, 2, 2, 2, 3]
-    per_atom = sampler.BYTES_PER_EDGE * sampler.EDGES_PER_ATOM
-    batches = list(sampler._batches(chains, n_atoms, 10 * per_atom))
+    batches = list(sampler._batches(chains, n_atoms, 10))
     assert Counter(chain for batch in batches for chain in batch) == Counter(chains)
     assert all(len(batch) == 1 or sum(n_atoms[chain] for chain in batch) <= 10 for batch in batches)
 
