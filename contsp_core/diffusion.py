@@ -19,7 +19,7 @@ from torch import Tensor
 from contsp_core.crystals import Crystals
 from contsp_core.energy import ContinuousCGCNN, energy_and_gradient
 from contsp_core.lattice import apply_strain, niggli
-from contsp_core.mala import log_spaced, strain_gradient, sum_atoms, uniform_atoms
+from contsp_core.mala import strain_gradient, sum_atoms, uniform_atoms
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,10 @@ def score_matching_step(
     loss_positions = weight_positions * sum_atoms(crystals, residual_positions.square().sum(dim=1))
     loss_strain = weight_strain * residual_strain.square().sum(dim=(1, 2))
     # the direction of the move, scaled so that its largest part is `step` times the noise
+    # zero where it is not finite: such a loss is for the caller to report
     direction_positions = weight_positions.index_select(0, crystals.system_idx)[:, None] * residual_positions
-    direction_strain = weight_strain[:, None, None] * residual_strain
+    direction_positions = direction_positions.nan_to_num(0, 0, 0)
+    direction_strain = (weight_strain[:, None, None] * residual_strain).nan_to_num(0, 0, 0)
     size = (sum_atoms(crystals, direction_positions.square().sum(dim=1)) / n_atoms).sqrt()
     size = torch.maximum(size, direction_strain.norm(dim=(1, 2)) / strain_noise)
     scale = step * sigma / size.clamp(min=1e-30)
@@ -175,7 +177,7 @@ def reverse_diffusion(
     (ancestral sampling, Song et al., arXiv 2011.13456, Appendix F); the last goes to the mean of the clean crystals.
     """
     first = model.config.noise_max if config.noise_first is None else config.noise_first
-    sigmas = log_spaced(first, model.config.noise_min, config.n_steps).tolist()
+    sigmas = torch.logspace(math.log10(first), math.log10(model.config.noise_min), config.n_steps).tolist()
     for index, sigma in enumerate(sigmas):
         below = sigmas[index + 1] if index + 1 < len(sigmas) else 0.0
         score_positions, score_strain = score(model, crystals, torch.full_like(crystals.cell[:, 0, 0], sigma))

@@ -47,17 +47,15 @@ def _bits_to_float(typingctx, bits):
 
 @njit(inline="always")
 def _sigmoid32(x):
-    """1 / (1 + e^{−x}) in float32, vectorisable: e^y = 2^n e^r, |r| ≤ ln(2) / 2, Taylor polynomial in r."""
+    """1 / (1 + e^{−x}) in float32, vectorisable: e^y = 2^n e^r, |r| ≤ ln(2) / 2, minimax polynomial in r (to 1e-7)."""
     y = min(max(-x, np.float32(-80)), np.float32(80))
-    n = np.floor(y * np.float32(1.4426950408889634) + np.float32(0.5))
+    n = np.rint(y * np.float32(1.4426950408889634))
     r = y - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-    p = np.float32(1 / 5040)
-    p = p * r + np.float32(1 / 720)
-    p = p * r + np.float32(1 / 120)
-    p = p * r + np.float32(1 / 24)
-    p = p * r + np.float32(1 / 6)
-    p = p * r + np.float32(0.5)
-    p = p * r + np.float32(1)
+    p = np.float32(0.00829765479)
+    p = p * r + np.float32(0.041915382)
+    p = p * r + np.float32(0.166675747)
+    p = p * r + np.float32(0.499988949)
+    p = p * r + np.float32(0.999999692)
     p = p * r + np.float32(1)
     power = _bits_to_float(np.int32((np.int32(n) + 127) << 23))
     return np.float32(1) / (np.float32(1) + p * power)

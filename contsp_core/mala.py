@@ -243,9 +243,41 @@ def _select(accepted: Tensor, new: ChainState, old: ChainState) -> ChainState:
     )
 
 
-def log_spaced(first: float, last: float, n_steps: int) -> Tensor:
-    """(n_steps,) geometric schedule, both ends included, float64."""
-    return torch.logspace(math.log10(first), math.log10(last), n_steps, dtype=torch.float64)
+def equilibrate(
+    energy: Energy,
+    crystals: Crystals,
+    temperature: Tensor,
+    step: Tensor,
+    n_steps: int,
+    rng: torch.Generator,
+    proposal: Proposal = "strain",
+    measure: Measure = "cartesian",
+    target: float = 0.574,
+) -> tuple[ChainState, Tensor]:
+    """Burn-in: chains at constant temperature whose step sizes move towards a target acceptance rate.
+
+    After each step ln η changes by (accepted − target) / √(1 + index), for every chain by itself. Such a chain has no
+    exact law; go on with :func:`mala_step` and the returned steps, frozen.
+
+    Args:
+        energy: maps a batch to (n_systems,) energies.
+        crystals: where the chains start.
+        temperature: (n_systems,) T.
+        step: (n_systems, 2) first step sizes of cell and positions; their ratio is kept.
+        n_steps: length of the burn-in.
+        rng: source of randomness, on the CPU.
+        proposal, measure: as for :func:`mala_step`.
+        target: acceptance rate; 0.574 is optimal for MALA (Roberts & Rosenthal, J. R. Stat. Soc. B 60 (1998) 255).
+
+    Returns:
+        The state reached, and the adapted step sizes (n_systems, 2).
+    """
+    state = mala_init(energy, crystals)
+    for index in range(n_steps):
+        state = mala_step(energy, state, step, temperature, rng, proposal, measure)
+        change = (state.accepted.to(step.dtype) - target) / math.sqrt(1 + index)
+        step = step * torch.exp(change)[:, None]
+    return state, step
 
 
 @dataclass(frozen=True)

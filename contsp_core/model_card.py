@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ from typing import Any
 from contsp_core.checkpoints import find_checkpoint, read_settings
 
 CURVE_POINTS = 8
+PROTOCOL = ("dataset", "split", "n_steps", "seed", "test_data")
+SHOWN = re.compile(
+    r"(n_references|n_samples|n_timed_out|((match_rate|rmse)(_ranked|_strict|_valid)?|crmse|metre)@\d+)(_interval)?"
+)
+CHAINS = re.compile(r"chain\.|buffer_|energy_penalty$|expand_p$|max_atoms$")  # of contrastive divergence only
 HIDDEN = {"training", "energy", "data", "last_row", "sampling", "scores", "dataset", "machine", "elapsed_s"}
 
 
@@ -22,8 +28,8 @@ def write_model_card(
 
     Args:
         checkpoint: a bundled one by data set name, or a path.
-        scores: JSON file with the scores, a flat object of names and numbers; ``<name>.scores.json`` beside the
-            checkpoint by default. A name with a partner ``…_interval`` is shown with it.
+        scores: ``summary.json`` of an evaluation, or another JSON object of names and numbers, in which a name may
+            have a partner ``…_interval``; ``<name>.scores.json`` beside the checkpoint by default.
         history: CSV log of the training, by default ``<name>.csv`` beside the checkpoint.
 
     Returns:
@@ -80,7 +86,7 @@ def model_card(
         _table(("score", "value"), _with_intervals(scores)) if scores else "Not scored.",
         "## Settings",
         _table(("energy", "value"), settings.get("energy", {})),
-        _table(("training", "value"), flatten_settings(training)),
+        _table(("training", "value"), used_settings(training)),
     ]
     if settings.get("sampling"):
         parts.append(_table(("sampling", "value"), flatten_settings(settings["sampling"])))
@@ -106,7 +112,19 @@ def _read_scores(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"scores {str(path)!r} holds a {type(scores).__name__}, expected an object of names and numbers"
         )
-    return scores
+    if "scores" not in scores:
+        return scores
+    protocol = {name: value for name, value in scores.get("settings", {}).items() if name in PROTOCOL}
+    shown = {name: value for name, value in scores["scores"].items() if SHOWN.fullmatch(name)}
+    return protocol | shown
+
+
+def used_settings(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a training run on one level, without those of Markov chains where the objective runs none."""
+    flat = flatten_settings(training)
+    if training.get("objective") != "score_matching":
+        return flat
+    return {name: value for name, value in flat.items() if not CHAINS.match(name)}
 
 
 def _read_log(path: Path) -> list[dict[str, str]]:

@@ -34,7 +34,7 @@ SCORES = {
     "metre": "METRe",
     "metre_crmse": "cRMSE of METRe",
 }
-MISSING = "–"
+MISSING = "nan"
 MAX_POLYMORPHS = 4  # more than so many share the last row of the count
 
 
@@ -128,22 +128,30 @@ def score_table(scores: dict[str, Any]) -> pd.DataFrame:
 def extreme_cases(result: Evaluation, n: int = 2) -> tuple[list[Structure], list[str]]:
     """Best and worst predictions, each after its reference, with titles: n of smallest rms, n of largest or no match.
 
-    A matching sample is shown in the cell of its reference; a crystal without match by its first sample.
+    A matching sample is shown in the cell of its reference; a crystal without match by its first sample. Cells of one
+    atom, where there is nothing to place, are left out if there are others.
     """
-    order = result.table["rms_best"].fillna(np.inf).argsort(kind="stable").to_numpy()
+    rms_best, n_atoms = (result.table[name].to_numpy() for name in ("rms_best", "n_atoms"))
+    order = np.nan_to_num(rms_best, nan=np.inf).argsort(kind="stable")
+    order = order[n_atoms[order] > 1] if (n_atoms > 1).any() else order
     structures, titles = [], []
     for row in dict.fromkeys([*order[:n], *order[-n:]]):
         reference, best = result.references.structures[row], int(result.table["best_index"].iloc[row])
         sample = result.predictions[row][max(best, 0)]
         if sample is None:
             continue
-        rms = result.table["rms_best"].iloc[row]
-        aligned = (
-            StructureMatcher(ltol=0.3, stol=0.5, angle_tol=10).get_s2_like_s1(reference, sample) if best >= 0 else None
-        )
-        structures += [reference, aligned or sample.get_reduced_structure()]
-        titles += [f"{result.references.material_ids[row]}", "no match" if best < 0 else f"sample, rms {rms:.3f}"]
+        structures += [reference, _in_cell_of(reference, sample)]
+        titles += [
+            f"{result.references.material_ids[row]}",
+            "no match" if best < 0 else f"sample, rms {rms_best[row]:.3f}",
+        ]
     return structures, titles
+
+
+def _in_cell_of(reference: Structure, sample: Structure) -> Structure:
+    """The sample described like the reference, if they match cell by cell; else in its reduced cell."""
+    matcher = StructureMatcher(ltol=0.3, stol=0.5, angle_tol=10, primitive_cell=False)
+    return matcher.get_s2_like_s1(reference, sample) or sample.get_reduced_structure()
 
 
 def to_markdown(table: pd.DataFrame) -> str:

@@ -127,7 +127,8 @@ def contrastive_divergence_step(
     was_training = model.training
     model.eval().requires_grad_(False)
     record = lambda _, state: accepted.append(state.accepted.float().mean())  # noqa: E731
-    state = anneal(model, initial.to(crystals.cell.device), config.chain, rng, record, start)
+    initial = initial.to(crystals.cell.device).to(crystals.cell.dtype)
+    state = anneal(model, initial, config.chain, rng, record, start)
     model.train(was_training).requires_grad_(True)
     if buffer is not None:
         buffer.put(state.crystals, update)

@@ -9,7 +9,7 @@ import torch
 
 from contsp_core.checkpoints import save_checkpoint
 from contsp_core.energy import ContinuousCGCNN, EnergyConfig
-from contsp_core.model_card import flatten_settings, write_model_card
+from contsp_core.model_card import flatten_settings, used_settings, write_model_card
 
 SETTINGS = {
     "dataset": "perov5",
@@ -42,10 +42,10 @@ def test_card_holds_data_seed_time_machine_and_settings(checkpoint):
         "| time | 1.5 min |",
         "| machine | a machine, 2 threads |",
         "| width | 4 |",
-        "| chain.n_steps | 7 |",
     ):
         assert line in text
     assert "Not scored." in text
+    assert "chain.n_steps" not in text, "score matching runs no chain"
     assert str(checkpoint.parent) not in text
 
 
@@ -59,6 +59,24 @@ def test_scores_and_log_beside_the_checkpoint_are_shown(checkpoint):
     assert "| rmse | – |" in text
     assert "| 0 – 1 | 0.5 |" in text
     assert "| 14 – 15 | 14.5 |" in text
+
+
+def test_summary_of_an_evaluation_is_shown_with_its_protocol_and_main_scores(checkpoint, tmp_path):
+    scores = {"match_rate@20": 0.5, "match_rate@20_interval": [0.4, 0.6], "metre_crmse@20": 0.1}
+    settings = {"dataset": "perov5", "split": "test", "checkpoint": "perov5-0123", "seed": 4}
+    summary = tmp_path / "summary.json"
+    summary.write_text(json.dumps({"settings": settings, "scores": scores}))
+    text = write_model_card(checkpoint, scores=summary).read_text()
+    assert "| split | test |" in text
+    assert "| match_rate@20 | 0.5 (0.4 … 0.6) |" in text
+    assert "metre_crmse" not in text
+    assert "perov5-0123" not in text
+
+
+def test_settings_of_chains_belong_to_contrastive_divergence():
+    training = {"objective": "contrastive_divergence", "chain": {"n_steps": 7}, "expand_p": 0.5}
+    assert used_settings(training) == {"objective": "contrastive_divergence", "chain.n_steps": 7, "expand_p": 0.5}
+    assert used_settings(training | {"objective": "score_matching"}) == {"objective": "score_matching"}
 
 
 def test_validation_scores_replace_the_loss(checkpoint):

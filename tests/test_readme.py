@@ -20,3 +20,12 @@ def test_python_example_runs_and_predicts_the_formula_asked_for(capsys):
     exec(compile(snippet, "README.md", "exec"), namespace)
     assert {structure.composition.reduced_formula for structure in namespace["candidates"]} == {"NaCl"}
     assert "space group" in capsys.readouterr().out
+
+
+def test_every_module_and_every_notebook_is_listed():
+    text = README.read_text(encoding="utf-8")
+    table = text[text.index("## How to read the code") :]
+    modules = [path.stem for path in README.parent.glob("contsp_core/*.py") if path.stem != "__init__"]
+    assert [name for name in modules if f"`{name}`" not in table] == []
+    notebooks = [path.name for path in README.parent.glob("notebooks/*.ipynb")]
+    assert [name for name in notebooks if f"](notebooks/{name})" not in text] == []
