@@ -102,9 +102,11 @@ def score_pair(
 def same_space_group(prediction: Structure, reference: Structure) -> bool:
     """Whether spglib finds the same space group for both, at a tolerance of 0.1 Å; False if it finds none."""
     try:
-        first, second = (
-            SpacegroupAnalyzer(s, symprec=SYMPREC).get_space_group_number() for s in (prediction, reference)
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # spglib announces a new way to report failure
+            first, second = (
+                SpacegroupAnalyzer(s, symprec=SYMPREC).get_space_group_number() for s in (prediction, reference)
+            )
     except Exception:  # spglib finds no space group
         return False
     return first == second

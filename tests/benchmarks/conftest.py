@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import pytest
 
+PATHS = ("fused", "plain", "literal")
 NOT_TIMED = pytest.mark.skip(reason="a benchmark: run with `make bench`")
 
 
@@ -16,6 +17,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(NOT_TIMED)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """One row for each operation and size: the implementations side by side, and ratios to the reference."""
     rows: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
@@ -25,18 +27,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             rows[info["operation"], info["n_systems"]][info["path"]] = 1e3 * bench.stats.min
     if not rows:
         return
-    terminalreporter.section("processor time, ms, and how many times faster than the literal reference")
-    terminalreporter.write_line(f"{'operation':22}{'crystals':>9}{'fused':>10}{'plain':>10}{'literal':>10}{'ratio':>8}")
+    terminalreporter.section("processor time (ms), and how many times faster than the literal reference")
+    terminalreporter.write_line(
+        f"{'operation':22}{'crystals':>9}" + "".join(f"{path:>10}" for path in PATHS) + "   ratio"
+    )
     for (operation, n_systems), times in rows.items():
-        cells = "".join(
-            f"{times[path]:10.2f}" if path in times else f"{'':10}" for path in ("fused", "plain", "literal")
-        )
+        cells = "".join(f"{times[path]:10.2f}" if path in times else 10 * " " for path in PATHS)
         ratio = f"{times['literal'] / times['fused']:8.1f}" if {"literal", "fused"} <= set(times) else ""
         terminalreporter.write_line(f"{operation:22}{n_systems:9d}{cells}{ratio}")
     for n_systems in sorted({size for _, size in rows}):
         energy, step = rows["energy and gradient", n_systems], rows["full step", n_systems]
         if "literal" in energy and "fused" in step:
             share = energy["literal"] / step["fused"]
-            terminalreporter.write_line(
-                f"{n_systems} crystals: a full step takes 1/{share:.1f} of the literal E and ∇E"
-            )
+            terminalreporter.write_line(f"{n_systems} crystals: a full step = 1/{share:.1f} of the literal E and ∇E")

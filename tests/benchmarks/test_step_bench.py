@@ -20,9 +20,7 @@ from contsp_core.training import initial_model
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-pytestmark = pytest.mark.benchmark(
-    timer=time.process_time, min_rounds=3, max_time=1.0, warmup=True, warmup_iterations=1
-)
+pytestmark = pytest.mark.benchmark(timer=time.process_time, min_rounds=5, max_time=0.5, warmup=True)
 SIZES = pytest.mark.parametrize("crystals", [8, 32, 128], indirect=True)
 PATHS = pytest.mark.parametrize("path", ["fused", "plain", "literal"])
 
