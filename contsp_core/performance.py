@@ -10,7 +10,7 @@ import ctypes
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from contsp_core.crystals import Crystals
 from contsp_core.energy import ContinuousCGCNN, EnergyConfig, energy_and_gradient
 from contsp_core.graph import build_graph, cutoff_radius
 from contsp_core.lattice import niggli
-from contsp_core.mala import mala_init, mala_step, uniform_atoms
+from contsp_core.mala import ChainState, mala_init, mala_step, uniform_atoms
 
 SIGMOID = 21  # operations of the single-precision sigmoid in kernels.py, a fused multiply-add counted as two
 HERMITE = 40  # scalar operations per edge: interpolation weights and their derivatives
@@ -106,6 +106,17 @@ def cpu_time(function: Callable[[], object], repeats: int = 7, min_seconds: floa
         min_seconds: repeat until so much processor time is spent.
     """
     return _best(time.process_time, function, repeats, min_seconds)
+
+
+def cpu_times(functions: Mapping[str, Callable[[], object]], repeats: int = 7) -> dict[str, float]:
+    """:func:`cpu_time` of several functions, called in turn: a disturbance of some seconds then hits all of them."""
+    best = {name: cpu_time(function, 1) for name, function in functions.items()}
+    for _ in range(repeats - 1):
+        for name, function in functions.items():
+            start = time.process_time()
+            function()
+            best[name] = min(best[name], time.process_time() - start)
+    return best
 
 
 def wall_time(function: Callable[[], object], repeats: int = 7, min_seconds: float = 0.0) -> float:
@@ -208,20 +219,22 @@ def time_step(model: Callable[[Crystals], Tensor], crystals: Crystals, repeats: 
     return cpu_time(step_function(model, crystals), repeats)
 
 
-def step_function(model: Callable[[Crystals], Tensor], crystals: Crystals) -> Callable[[], object]:
+def step_function(model: Callable[[Crystals], Tensor], crystals: Crystals, seed: int = 0) -> Callable[[], ChainState]:
     """One MALA step from the given crystals, half way down the paper's schedules, to be called again and again."""
-    state = mala_init(model, crystals)
-    step, temperature = torch.full((crystals.n_systems, 2), 0.016), torch.full((crystals.n_systems,), 0.03)
-    rng = torch.Generator().manual_seed(0)
-    return lambda: mala_step(model, state, step.to(state.energy), temperature.to(state.energy), rng)
+    state, rng = mala_init(model, crystals), torch.Generator().manual_seed(seed)
+    return lambda: _step(model, state, rng)
+
+
+def _step(model: Callable[[Crystals], Tensor], state: ChainState, rng: torch.Generator) -> ChainState:
+    step, temperature = torch.full_like(state.grad_strain[:, 0, :2], 0.016), torch.full_like(state.energy, 0.03)
+    return mala_step(model, state, step, temperature, rng)
 
 
 def acceptance(energy: Callable[[Crystals], Tensor], crystals: Crystals, n_steps: int, seed: int = 0) -> float:
     """Share of accepted proposals of short chains, half way down the paper's schedules."""
     state, rng, accepted = mala_init(energy, crystals), torch.Generator().manual_seed(seed), []
-    step, temperature = torch.full((crystals.n_systems, 2), 0.016), torch.full((crystals.n_systems,), 0.03)
     for _ in range(n_steps):
-        state = mala_step(energy, state, step.to(state.energy), temperature.to(state.energy), rng)
+        state = _step(energy, state, rng)
         accepted.append(state.accepted.float().mean())
     return float(torch.stack(accepted).mean())
 

@@ -33,7 +33,7 @@ def bytes_per_atom(model: ContinuousCGCNN) -> int:
 
 
 def default_max_bytes(model: ContinuousCGCNN) -> int:
-    """100 MB with the fused kernels (more is no faster), 1 GB without, a quarter of the memory of a GPU."""
+    """100 MB with the fused kernels (larger batches gain little), 1 GB without, a quarter of the memory of a GPU."""
     device = next(model.parameters()).device
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 4

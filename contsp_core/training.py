@@ -76,7 +76,7 @@ def preset(dataset: str, objective: str = "score_matching") -> tuple[EnergyConfi
     """
     if objective == "score_matching":
         # cells of one shape need little strain; where shapes differ, atoms and cell must find their places together
-        noise_max, strain_noise = {"perov5": (1.5, 0.1), "prototypes": (2.5, 0.1)}.get(dataset, (2.5, 0.2))
+        noise_max, strain_noise = (1.5, 0.1) if dataset == "perov5" else (2.5, 0.2)
         return replace(NOISY, noise_max=noise_max, strain_noise=strain_noise), SCORE_MATCHING
     if objective != "contrastive_divergence":
         raise ValueError(f"objective is {objective!r}, expected 'score_matching' or 'contrastive_divergence'")

@@ -236,14 +236,15 @@ def known_model(log_density: Callable[[Crystals, float], Tensor], strain_noise: 
     return energy
 
 
-def exact_moments(start: tuple[float, float], width: float, gain: float, noise_max: float, n_steps: int):
-    """Mean and variance after all steps of y ← y − g (σ² − σ′²) y / (c² + gσ²) + σ′ √(g (σ² − σ′²)) ξ / σ."""
-    sigmas = [*np.geomspace(noise_max, 0.02, n_steps), 0.0]
+def exact_moments(start: tuple[float, float], width: float, gain: float, noise_max: float, config: DiffusionConfig):
+    """Mean and variance after all steps of y ← y − g (σ² − σ′²) y / (c² + gσ²) + s σ′ √(g (σ² − σ′²)) ξ / σ."""
+    sigmas = [*np.geomspace(noise_max, 0.02, config.n_steps), 0.0]
     mean, variance = start
     for sigma, below in pairwise(sigmas):
         removed = sigma**2 - below**2
         factor = 1 - gain * removed / (width**2 + gain * sigma**2)
-        mean, variance = factor * mean, factor**2 * variance + gain * removed * below**2 / sigma**2
+        added = config.noise_scale**2 * gain * removed * below**2 / sigma**2
+        mean, variance = factor * mean, factor**2 * variance + added
     return mean, variance
 
 
@@ -251,9 +252,11 @@ def assert_gaussian(values: np.ndarray, mean: float, variance: float) -> None:
     assert stats.kstest((values - mean).ravel() / math.sqrt(variance), "norm").pvalue > 1e-3
 
 
-def test_sampling_a_gaussian_pair_of_atoms_gives_its_mean_and_variance():
-    """x₂ − x₁ ~ N(r, c² + 2σ²) at level σ, in a cell that does not move; at the end N(r, c²)."""
+@pytest.mark.parametrize("noise_scale", [1.0, 0.5])
+def test_sampling_a_gaussian_pair_of_atoms_gives_its_mean_and_variance(noise_scale):
+    """x₂ − x₁ ~ N(r, c² + 2σ²) at level σ, in a cell that does not move; at the end N(r, c²), if all the noise is added back."""
     n_systems, width, noise_max, n_steps, offset = 500, 0.2, 0.4, 60, 0.3
+    config = DiffusionConfig(n_steps, noise_scale)
     bond = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
 
     def deviation(crystals: Crystals) -> Tensor:
@@ -274,11 +277,12 @@ def test_sampling_a_gaussian_pair_of_atoms_gives_its_mean_and_variance():
     )
     seen: list[int] = []
     model = known_model(log_density, 0.0, noise_max)
-    found = reverse_diffusion(model, crystals, DiffusionConfig(n_steps), generator(), lambda i, _: seen.append(i))
-    mean, expected = exact_moments((offset, variance), width, 2, noise_max, n_steps)
+    found = reverse_diffusion(model, crystals, config, generator(), lambda i, _: seen.append(i))
+    mean, expected = exact_moments((offset, variance), width, 2, noise_max, config)
     assert seen == list(range(n_steps))
     assert_gaussian(deviation(found).numpy(), mean, expected)
-    assert expected == pytest.approx(width**2, rel=0.15) and abs(mean) < 0.3 * width  # the steps are nearly fine enough
+    if noise_scale == 1:  # the steps are nearly fine enough
+        assert expected == pytest.approx(width**2, rel=0.15) and abs(mean) < 0.3 * width
 
 
 def test_sampling_a_gaussian_volume_gives_its_mean_and_variance():
@@ -295,11 +299,24 @@ def test_sampling_a_gaussian_volume_gives_its_mean_and_variance():
         np.array([[1, 0, 0], [0.1, 1.1, 0], [0.2, 0.3, 1.3]]) / 1.43 ** (1 / 3) * np.exp(log_volume / 3)[:, None, None]
     )
     crystals = Crystals.from_arrays(cells, np.zeros((n_systems, 3)), [[1]] * n_systems, torch.float64)
-    model = known_model(log_density, kappa, noise_max)
-    found = reverse_diffusion(model, crystals, DiffusionConfig(n_steps), generator())
-    _, expected = exact_moments((0.0, variance), width, 3 * kappa**2, noise_max, n_steps)
+    model, config = known_model(log_density, kappa, noise_max), DiffusionConfig(n_steps, noise_scale=1.0)
+    found = reverse_diffusion(model, crystals, config, generator())
+    _, expected = exact_moments((0.0, variance), width, 3 * kappa**2, noise_max, config)
     assert_gaussian(found.volume.log().numpy() - centre, 0.0, expected)
     assert expected == pytest.approx(width**2, rel=0.1)
+
+
+@pytest.mark.parametrize(("noise_first", "expected"), [(None, 1.0), (0.3, 0.3)])
+def test_sampling_goes_through_the_noise_levels_from_the_first_one(noise_first, expected):
+    seen: list[float] = []
+
+    def log_density(crystals: Crystals, sigma: float) -> Tensor:
+        seen.append(sigma)
+        return crystals.volume * 0
+
+    config = DiffusionConfig(5, noise_first=noise_first)
+    reverse_diffusion(known_model(log_density, 0.1, 1.0), small_crystals(), config, generator())
+    np.testing.assert_allclose(seen, np.geomspace(expected, 0.02, 5), rtol=1e-5)
 
 
 def test_without_noise_the_steps_are_deterministic():
