@@ -6,7 +6,6 @@ known crystals with their elements exchanged, as they are or after a short chain
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -149,18 +148,12 @@ def relax(
     def run(crystals: Crystals, number: int) -> Crystals:
         rng = torch.Generator().manual_seed(seed * 1_000_003 + number)
         if isinstance(config, DiffusionConfig):
-            return reverse_diffusion(_from_noise(model, noise), crystals, config, rng)
+            late = replace(config, noise_first=min(noise, model.config.noise_max))
+            return reverse_diffusion(model, crystals, late, rng)
         start = torch.full_like(crystals.cell[:, 0, 0], 2 / 3)
         return anneal(model, crystals, config, rng, start=start).crystals
 
     return _in_batches(model, structures, run)
-
-
-def _from_noise(model: ContinuousCGCNN, noise: float) -> ContinuousCGCNN:
-    """The same weights, with ``noise`` as the largest noise level that a chain visits."""
-    late = copy.copy(model)
-    late.config = replace(model.config, noise_max=min(noise, model.config.noise_max))
-    return late
 
 
 def descend(model: ContinuousCGCNN, structures: Sequence[Structure], n_steps: int = 200) -> list[Structure]:

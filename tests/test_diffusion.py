@@ -254,7 +254,7 @@ def assert_gaussian(values: np.ndarray, mean: float, variance: float) -> None:
 
 @pytest.mark.parametrize("noise_scale", [1.0, 0.5])
 def test_sampling_a_gaussian_pair_of_atoms_gives_its_mean_and_variance(noise_scale):
-    """x₂ − x₁ ~ N(r, c² + 2σ²) at level σ, in a cell that does not move; at the end N(r, c²), if all the noise is added back."""
+    """x₂ − x₁ ~ N(r, c² + 2σ²) at level σ, in a cell that does not move; N(r, c²) if all noise is added back."""
     n_systems, width, noise_max, n_steps, offset = 500, 0.2, 0.4, 60, 0.3
     config = DiffusionConfig(n_steps, noise_scale)
     bond = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
