@@ -7,15 +7,18 @@ known crystals with their elements exchanged, as they are or after a short chain
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 
 from contsp_core.crystals import Crystals
-from contsp_core.diffusion import DiffusionConfig, reverse_diffusion
+from contsp_core.diffusion import DiffusionConfig, initial_crystals, reverse_diffusion
 from contsp_core.energy import ContinuousCGCNN, energy_and_gradient
 from contsp_core.lattice import apply_strain, niggli
-from contsp_core.mala import anneal, strain_gradient, sum_atoms
+from contsp_core.mala import AnnealConfig, anneal, random_crystals, strain_gradient, sum_atoms
+from contsp_core.metrics import evaluate_csp
 from contsp_core.sampler import bytes_per_atom, sample_structures, sampling_config
 from contsp_core.templates import TemplateLibrary, random_structures
 
@@ -219,3 +222,56 @@ def _batches(structures: Sequence[Structure]) -> list[slice]:
             used = 0
         used += len(structure)
     return [slice(start, end) for start, end in zip(cuts, [*cuts[1:], len(structures)]) if end > start]
+
+
+def compare_samplers(
+    model: ContinuousCGCNN,
+    references: Sequence[Structure],
+    n_steps: Sequence[int],
+    n_samples: int = 5,
+    seed: int = 0,
+    n_jobs: int = 1,
+) -> pd.DataFrame:
+    """Energy reached and match rate against the number of energy gradients, for the paper's sampler and ours.
+
+    Args:
+        model: an energy with noise levels; the chains of annealed MALA move on its default level.
+        references: crystals whose species are sampled.
+        n_steps: lengths of chains, in energy gradients.
+        n_samples: chains a crystal.
+        seed: of starts and chains.
+        n_jobs: worker processes for matching.
+
+    Returns:
+        One row for each sampler and length: mean energy above the reference of all samples and of the best one a
+        crystal (dimensionless), match rate of one sample (mean over all) and of any.
+    """
+    species = [list(structure.atomic_numbers) for structure in references for _ in range(n_samples)]
+    with torch.no_grad():
+        reference = model(Crystals.from_structures(references))[:, None]
+    strain = AnnealConfig(proposal="strain", measure="invariant", cell_step_ratio=0.04)
+    samplers = {
+        "MALA of the paper": (random_crystals, AnnealConfig()),
+        "MALA of the paper, learned start": (partial(initial_crystals, model), AnnealConfig()),
+        "MALA with strain moves, learned start": (partial(initial_crystals, model), strain),
+        "noise levels": (partial(initial_crystals, model), sampling_config(model)),
+    }
+    rows = []
+    for length in n_steps:
+        for name, (start, config) in samplers.items():
+            rng = torch.Generator().manual_seed(seed)
+            crystals, config = start(species, rng), replace(config, n_steps=length)
+            if isinstance(config, DiffusionConfig):
+                crystals = reverse_diffusion(model, crystals, config, rng)
+            else:
+                crystals = anneal(model, crystals, config, rng).crystals
+            with torch.no_grad():
+                above = model(crystals).unflatten(0, (-1, n_samples)) - reference
+            samples = crystals.to_structures()
+            lists = [samples[i : i + n_samples] for i in range(0, len(samples), n_samples)]
+            scores, _ = evaluate_csp(references, lists, n_jobs=n_jobs, metre=False, progress=False)
+            best = above.min(dim=1).values.mean()
+            found = (scores["match_rate_random@1"], scores["match_rate"])
+            rows.append((name, length, float(above.mean()), float(best), *found))
+    columns = ["sampler", "gradients", "energy", "energy_best", "match_rate@1", f"match_rate@{n_samples}"]
+    return pd.DataFrame(rows, columns=columns)

@@ -151,13 +151,13 @@ def initial_crystals(model: ContinuousCGCNN, species: Sequence[Sequence[int]], r
 
     The shape is that of a random training crystal with as many atoms (or with the nearest number).
     """
-    cells, bank = model.start_cells.cpu(), model.start_n_atoms.cpu()
+    cells, bank = model.start_cells.cpu().float(), model.start_n_atoms.cpu()
     shapes = []
     for numbers in species:
         distance = (bank - len(numbers)).abs()
         candidates = torch.nonzero(distance == distance.min())[:, 0]
         chosen = cells[candidates[torch.randint(len(candidates), (), generator=rng)]]
-        shapes.append(chosen * model.atomic_volume[list(numbers)].sum().cpu() ** (1 / 3))
+        shapes.append(chosen * model.atomic_volume[list(numbers)].sum().cpu().float() ** (1 / 3))
     cell = torch.stack(shapes)
     noise = torch.randn(cell.shape, generator=rng)
     strain = model.config.strain_noise * model.config.noise_max * (noise + noise.mT) / 2

@@ -59,10 +59,12 @@ def sample_crystals(
     on_step: Callable[[int, object], None] | None = None,
 ) -> Crystals:
     """One crystal for each list of atomic numbers, from a random start."""
-    device = next(model.parameters()).device
+    weight = next(model.parameters())
     if isinstance(config, DiffusionConfig):
-        return reverse_diffusion(model, initial_crystals(model, species, rng).to(device), config, rng, on_step)
-    return anneal(model, random_crystals(species, rng).to(device), config, rng, on_step).crystals
+        start = initial_crystals(model, species, rng).to(weight.device).to(weight.dtype)
+        return reverse_diffusion(model, start, config, rng, on_step)
+    start = random_crystals(species, rng).to(weight.device).to(weight.dtype)
+    return anneal(model, start, config, rng, on_step).crystals
 
 
 def sample_structures(
