@@ -270,7 +270,7 @@ def compare_samplers(
             samples = crystals.to_structures()
             lists = [samples[i : i + n_samples] for i in range(0, len(samples), n_samples)]
             scores, _ = evaluate_csp(references, lists, n_jobs=n_jobs, metre=False, progress=False)
-            best = above.min(dim=1).values.mean()
+            best = above.amin(dim=1).mean()
             found = (scores["match_rate_random@1"], scores["match_rate"])
             rows.append((name, length, float(above.mean()), float(best), *found))
     columns = ["sampler", "gradients", "energy", "energy_best", "match_rate@1", f"match_rate@{n_samples}"]
