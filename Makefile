@@ -50,8 +50,8 @@ demo: $(INSTALLED)
 	        -p checkpoint $(CURDIR)/demo/prototypes.safetensors || exit 1; \
 	done
 	@echo; echo "Figures:"; find demo -name '*.png' | sort | sed 's/^/  /'
-	@echo "Predicted crystals:"; find demo -name '*.cif' -exec dirname {} \; | sort | uniq -c | \
-	    awk '{print "  " $$2 "/  (" $$1 " CIF files)"}'
+	@echo "Predicted crystals:"; find demo -name '*.cif' | \
+	    awk -F/ '{ n[$$2]++ } END { for (d in n) print "  demo/" d "/  (" n[d] " CIF files)" }' | sort
 	@echo "Executed notebooks:"; ls demo/*.ipynb | sed 's/^/  /'
 
 test: $(INSTALLED)
