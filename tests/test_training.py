@@ -13,7 +13,7 @@ import torch
 from test_energy import NOISY, SMALL, small_model
 from torch import Tensor, nn
 
-from contsp_core import Crystals, load_model, training
+from contsp_core import Crystals, contrastive, load_model, training
 from contsp_core.checkpoints import read_settings
 from contsp_core.data import load_split
 from contsp_core.diffusion import random_noise_levels, score_matching_step
@@ -63,14 +63,14 @@ def cubic_crystals(edges: list[float], dtype: torch.dtype = torch.float64) -> Cr
 @pytest.fixture
 def chains(monkeypatch) -> list[dict]:
     """Records the start and the end of every batch of chains."""
-    seen, anneal = [], training.anneal
+    seen, anneal = [], contrastive.anneal
 
     def record(energy, crystals, config, rng, on_step, start):
         state = anneal(energy, crystals, config, rng, on_step, start)
         seen.append({"initial": crystals, "start": start, "final": state.crystals})
         return state
 
-    monkeypatch.setattr(training, "anneal", record)
+    monkeypatch.setattr(contrastive, "anneal", record)
     return seen
 
 
