@@ -16,9 +16,10 @@ from contsp_core.crystals import MAX_ATOMIC_NUMBER, Crystals
 from contsp_core.graph import build_graph, cutoff_radius, edge_vectors
 
 try:  # without numba the same energy is computed by the plain torch path
-    from contsp_core import kernels
+    from contsp_core.edges import build_edges, edge_lengths
+    from contsp_core.kernels import message_sum
 except ImportError:
-    kernels = None
+    message_sum = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class ContinuousCGCNN(nn.Module):
         if config.noise_max is not None:
             self.register_buffer("start_cells", torch.eye(3).repeat(config.n_start_cells, 1, 1))  # volume 1
             self.register_buffer("start_n_atoms", torch.ones(config.n_start_cells, dtype=torch.int64))
-        self.use_kernels = kernels is not None
+        self.use_kernels = message_sum is not None
 
     def forward(self, crystals: Crystals, sigma: Tensor | None = None) -> Tensor:
         """(n_systems,) energies.
@@ -180,8 +181,8 @@ class ContinuousCGCNN(nn.Module):
         return messages
 
     def _fused_messages(self, crystals: Crystals, cutoff: Tensor) -> Callable[[Tensor, Tensor, nn.Linear], Tensor]:
-        edges = kernels.build_edges(crystals, cutoff)
-        distance = kernels.edge_lengths(crystals, edges)
+        edges = build_edges(crystals, cutoff)
+        distance = edge_lengths(crystals, edges)
         weight = _edge_weight(distance, cutoff.index_select(0, crystals.system_idx.index_select(0, edges.graph.source)))
         # the interpolation error falls as the fourth power of spacing / s: 1e-9 for single, 1e-13 for double precision
         basis = self.distance_expansion
@@ -192,7 +193,7 @@ class ContinuousCGCNN(nn.Module):
 
         def messages(received: Tensor, sent: Tensor, lin3: nn.Linear) -> Tensor:
             table = torch.cat([lin3(values), slopes @ lin3.weight.T], dim=1)
-            return kernels.message_sum(received, sent, table, distance, weight, inverse_spacing, edges)
+            return message_sum(received, sent, table, distance, weight, inverse_spacing, edges)
 
         return messages
 

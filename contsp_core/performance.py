@@ -181,26 +181,27 @@ def profile_step(model: ContinuousCGCNN, crystals: Crystals, repeats: int = 15) 
         crystals: the batch, float32, on the CPU.
         repeats: timed calls of each part.
     """
-    from contsp_core import kernels
+    from contsp_core.edges import build_edges, edge_lengths
+    from contsp_core.kernels import message_sum
 
     cutoff = cutoff_radius(crystals, model.config.cutoff_multiple)
-    edges = kernels.build_edges(crystals, cutoff)
+    edges = build_edges(crystals, cutoff)
     moving = crystals.replace(cell=crystals.cell.clone().requires_grad_())
-    length = kernels.edge_lengths(moving, edges)
+    length = edge_lengths(moving, edges)
     width, n_conv = model.config.width, model.config.n_conv
     a, b = (torch.randn(len(crystals.positions), 2 * width).requires_grad_() for _ in range(2))
     table = torch.randn(int(8 * cutoff.max()) + 3, 4 * width)
     distance, weight = (x.detach().clone().requires_grad_() for x in (length, torch.ones_like(length)))
 
     def messages() -> Tensor:
-        return kernels.message_sum(a, b, table, distance, weight, 8.0, edges)
+        return message_sum(a, b, table, distance, weight, 8.0, edges)
 
     summed = messages()
     ones = torch.ones_like(summed)
     inputs = (a, b, distance, weight)
     parts = {
-        "neighbour search": lambda: kernels.build_edges(crystals, cutoff),
-        "edge lengths, forward": lambda: kernels.edge_lengths(crystals, edges),
+        "neighbour search": lambda: build_edges(crystals, cutoff),
+        "edge lengths, forward": lambda: edge_lengths(crystals, edges),
         "edge lengths, backward": lambda: torch.autograd.grad(length.sum(), moving.cell, retain_graph=True),
         "messages, forward": messages,
         "messages, backward": lambda: torch.autograd.grad(summed, inputs, ones, retain_graph=True),
@@ -241,7 +242,7 @@ def acceptance(energy: Callable[[Crystals], Tensor], crystals: Crystals, n_steps
 
 def measure_batch(model: ContinuousCGCNN, crystals: Crystals, x: float) -> dict[str, float]:
     """One point of a scaling curve: ``x``, numbers of atoms and edges, times of step and search (s), peak bytes."""
-    from contsp_core import kernels
+    from contsp_core.edges import build_edges
 
     cutoff = cutoff_radius(crystals, model.config.cutoff_multiple)
     n_atoms = len(crystals.positions)
@@ -251,7 +252,7 @@ def measure_batch(model: ContinuousCGCNN, crystals: Crystals, x: float) -> dict[
         "n_atoms": n_atoms,
         "n_edges": count_edges(crystals, model.config),
         "step_s": time_step(model, crystals, repeats),
-        "search_s": cpu_time(lambda: kernels.build_edges(crystals, cutoff), repeats),
+        "search_s": cpu_time(lambda: build_edges(crystals, cutoff), repeats),
         "peak_bytes": peak_memory(step_function(model, crystals)),
     }
 

@@ -11,8 +11,9 @@ from scipy import special
 from test_energy import SMALL, random_batch, small_model
 
 from contsp_core import energy, kernels
+from contsp_core.edges import EdgeList, build_edges, edge_lengths
 from contsp_core.energy import ContinuousCGCNN, energy_and_gradient
-from contsp_core.graph import cutoff_radius, edge_vectors
+from contsp_core.graph import Graph, cutoff_radius, edge_vectors
 
 
 def cubic(table: torch.Tensor, position: torch.Tensor, D: int) -> torch.Tensor:
@@ -23,9 +24,9 @@ def cubic(table: torch.Tensor, position: torch.Tensor, D: int) -> torch.Tensor:
     return (2 * t**3 - 3 * t**2 + 1) * v0 + (t**3 - 2 * t**2 + t) * s0 + (3 * t**2 - 2 * t**3) * v1 + (t**3 - t**2) * s1
 
 
-def message_inputs(D: int = 5, dtype: torch.dtype = torch.float64) -> tuple[tuple, kernels.EdgeList]:
+def message_inputs(D: int = 5, dtype: torch.dtype = torch.float64) -> tuple[tuple, EdgeList]:
     crystals = random_batch(dtype=dtype)
-    edges = kernels.build_edges(crystals, 0.6 * cutoff_radius(crystals))
+    edges = build_edges(crystals, 0.6 * cutoff_radius(crystals))
     rng = np.random.default_rng(0)
     distance = edge_vectors(crystals, edges.graph).norm(dim=1)
     n_nodes = int(distance.max() * 2.0) + 3
@@ -69,10 +70,10 @@ def test_no_gradient_of_the_table_is_made_when_none_is_asked_for():
 
 def test_lengths_and_their_gradients_are_those_of_autograd():
     crystals = random_batch()
-    edges = kernels.build_edges(crystals, cutoff_radius(crystals))
+    edges = build_edges(crystals, cutoff_radius(crystals))
     cell, positions = crystals.cell.clone().requires_grad_(), crystals.positions.clone().requires_grad_()
     moving = crystals.replace(cell=cell, positions=positions)
-    fused, literal = kernels.edge_lengths(moving, edges), edge_vectors(moving, edges.graph).norm(dim=1)
+    fused, literal = edge_lengths(moving, edges), edge_vectors(moving, edges.graph).norm(dim=1)
     torch.testing.assert_close(fused, literal)
     adjoint = torch.linspace(-1, 2, len(fused), dtype=torch.float64)
     pairs = zip(*(torch.autograd.grad(length, (cell, positions), adjoint) for length in (fused, literal)))
@@ -89,8 +90,8 @@ def test_the_sigmoid_in_single_precision_is_right_over_its_whole_range():
     a[::2, 1] = 1
     table = torch.tensor([[1.0, 1.0, 0.0, 0.0]] * 2)
     pair = torch.arange(0, 2 * count, 2)
-    graph = kernels.Graph(pair, pair + 1, torch.zeros(count, 3, dtype=torch.int32))
-    edges = kernels.EdgeList(graph, np.array([0, count]))
+    graph = Graph(pair, pair + 1, torch.zeros(count, 3, dtype=torch.int32))
+    edges = EdgeList(graph, np.array([0, count]))
     out = kernels.message_sum(a, torch.zeros_like(a), table, torch.zeros(count), torch.ones(count), 1.0, edges)
     found = out[::2, 0].numpy()
     expected = special.expit(x.astype(np.float32).astype(float))
@@ -119,7 +120,7 @@ def test_threads_share_the_edges_by_whole_crystals():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        edges = kernels.build_edges(crystals, cutoff_radius(crystals))
+        edges = build_edges(crystals, cutoff_radius(crystals))
     finally:
         torch.set_num_threads(threads)
     bounds = edges.first_edge
@@ -150,5 +151,5 @@ def test_a_second_derivative_is_refused_instead_of_wrong():
 
 
 def test_without_numba_the_plain_path_is_taken(monkeypatch):
-    monkeypatch.setattr(energy, "kernels", None)
+    monkeypatch.setattr(energy, "message_sum", None)
     assert not ContinuousCGCNN(SMALL).use_kernels

@@ -66,8 +66,8 @@ def test_energy_and_gradient(benchmark: BenchmarkFixture, path: str, crystals: C
 @SIZES
 @PATHS
 def test_graph(benchmark: BenchmarkFixture, path: str, crystals: Crystals) -> None:
-    kernels = pytest.importorskip("contsp_core.kernels")
-    build = {"fused": kernels.build_edges, "plain": build_graph, "literal": directed_edges}[path]
+    edges = pytest.importorskip("contsp_core.edges")
+    build = {"fused": edges.build_edges, "plain": build_graph, "literal": directed_edges}[path]
     run(benchmark, "graph", path, crystals, lambda: build(crystals, cutoff_radius(crystals)))
 
 
