@@ -64,7 +64,7 @@ def contrastive_divergence_step(
     state = anneal(model, initial, config.chain, rng, record, start)
     model.train(was_training).requires_grad_(True)
     if buffer is not None:
-        buffer.put(state.crystals, update)
+        buffer.put(state.crystals.to("cpu"), update)  # where fresh starts are drawn
     real, sampled = model(crystals), model(state.crystals)
     penalty = config.energy_penalty * (real.square().mean() + sampled.square().mean())
     loss = (real.mean() - sampled.mean()) + penalty

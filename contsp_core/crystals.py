@@ -25,7 +25,7 @@ MIN_VOLUME = 1e-6  # Å³: below this a cell is called flat, whatever its shape
 
 @dataclass(frozen=True)
 class Crystals:
-    """A batch of periodic units U = (L, X, a) (paper, Section 3.1).
+    """A batch of periodic units U = (L, X, a): cell, positions and species (Tone et al., arXiv 2502.02026).
 
     Attributes:
         cell: (n_systems, 3, 3), rows are lattice vectors, Å.

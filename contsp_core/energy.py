@@ -1,4 +1,4 @@
-"""The energy: a crystal graph network that is invariant to the description and continuous in the atoms (Section 4)."""
+"""The energy: a crystal graph network that is invariant to the description and continuous in the atoms."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class NoiseFeatures(nn.Module):
 
 
 class ContinuousCGCNN(nn.Module):
-    """E(U) = f_θ(U) + λ_ρ ln²(ρ/ρ₀), dimensionless (paper, Section 4; eq. for E in Section 4.3).
+    """E(U) = f_θ(U) + λ_ρ ln²(ρ/ρ₀), dimensionless (Tone et al., arXiv 2502.02026).
 
     The value does not depend on the description of the crystal (basis, images, order, supercell) nor on its
     orientation, origin or handedness, and is continuous in the atoms: an edge comes and goes with weight and slope 0.

@@ -1,4 +1,4 @@
-"""Metropolis-adjusted Langevin sampling of p(L, X | a) ∝ exp(−E / T) (paper, Section 4.4).
+"""Metropolis-adjusted Langevin sampling of p(L, X | a) ∝ exp(−E / T) (Tone et al., arXiv 2502.02026).
 
 ``mala_init`` and ``mala_step`` advance a batch of independent chains; proposal, log density of the proposal and
 acceptance rule are functions of their own. Two proposals leave the same law invariant:
@@ -302,7 +302,7 @@ def anneal(
     on_step: Callable[[int, ChainState], None] | None = None,
     start: Tensor | None = None,
 ) -> ChainState:
-    """Lower step size and temperature together along geometric schedules (paper, Section 4.4).
+    """Lower step size and temperature together along geometric schedules, as the paper does.
 
     Args:
         energy: maps a batch to (n_systems,) energies.

@@ -23,7 +23,7 @@ from torch import Tensor
 from contsp_core.checkpoints import save_checkpoint
 from contsp_core.contrastive import ReplayBuffer, contrastive_divergence_step
 from contsp_core.crystals import Crystals, fit_atomic_volumes
-from contsp_core.diffusion import random_noise_levels, score_matching_step
+from contsp_core.diffusion import DiffusionConfig, random_noise_levels, score_matching_step
 from contsp_core.energy import PRESETS, ContinuousCGCNN, EnergyConfig
 from contsp_core.lattice import niggli_reduce
 from contsp_core.mala import AnnealConfig
@@ -216,6 +216,7 @@ def run(
         },
         "n_structures": len(crystals),
         "training": asdict(config),
+        "sampling": asdict(config.chain if energy.noise_max is None else DiffusionConfig()),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}",
     }
     history: list[dict[str, float]] = []
