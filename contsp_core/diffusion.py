@@ -79,6 +79,33 @@ def score(model: ContinuousCGCNN, crystals: Crystals, sigma: Tensor) -> tuple[Te
     return -per_atom * grad_positions, -n_atoms[:, None, None] * (strain + strain.mT) / 2
 
 
+@dataclass(frozen=True)
+class Residual:
+    """Score minus ∇ log q of noisy crystals, its weights, and the weighted squares: 1 for a zero energy."""
+
+    crystals: Crystals  # with noise
+    positions: Tensor  # (n_atoms_total, 3), Å⁻¹
+    strain: Tensor  # (n_systems, 3, 3)
+    weight_positions: Tensor  # (n_systems,), σ² / 3N
+    weight_strain: Tensor  # (n_systems,), (κσ)² / 6
+    loss_positions: Tensor  # (n_systems,)
+    loss_strain: Tensor  # (n_systems,)
+
+
+def denoising_residual(model: ContinuousCGCNN, crystals: Crystals, sigma: Tensor, rng: torch.Generator) -> Residual:
+    """Disturb crystals by noise of level ``sigma`` (n_systems,), Å, and compare the score with that of the noise."""
+    strain_noise = model.config.strain_noise
+    noised = add_noise(crystals, sigma, strain_noise, rng)
+    score_positions, score_strain = score(model, noised.crystals, sigma)
+    weight_positions = sigma**2 / (3 * crystals.n_atoms.to(sigma.dtype))
+    weight_strain = (strain_noise * sigma) ** 2 / 6
+    positions = score_positions - noised.score_positions
+    strain = score_strain - noised.score_strain
+    loss_positions = weight_positions * sum_atoms(crystals, positions.square().sum(dim=1))
+    loss_strain = weight_strain * strain.square().sum(dim=(1, 2))
+    return Residual(noised.crystals, positions, strain, weight_positions, weight_strain, loss_positions, loss_strain)
+
+
 def score_matching_step(
     model: ContinuousCGCNN, crystals: Crystals, sigma: Tensor, rng: torch.Generator, step: float = 0.1
 ) -> dict[str, float]:
@@ -91,34 +118,25 @@ def score_matching_step(
     Returns:
         ``loss`` (the loss per direction: 1 for a zero energy), and its parts ``loss_positions`` and ``loss_strain``.
     """
-    strain_noise = model.config.strain_noise
-    noised = add_noise(crystals, sigma, strain_noise, rng)
-    crystals = noised.crystals
-    score_positions, score_strain = score(model, crystals, sigma)
-    n_atoms = crystals.n_atoms.to(sigma.dtype)
-    weight_positions = sigma**2 / (3 * n_atoms)
-    weight_strain = (strain_noise * sigma) ** 2 / 6
-    residual_positions = score_positions - noised.score_positions
-    residual_strain = score_strain - noised.score_strain
-    loss_positions = weight_positions * sum_atoms(crystals, residual_positions.square().sum(dim=1))
-    loss_strain = weight_strain * residual_strain.square().sum(dim=(1, 2))
+    residual = denoising_residual(model, crystals, sigma, rng)
+    crystals, n_atoms = residual.crystals, crystals.n_atoms.to(sigma.dtype)
     # the direction of the move, scaled so that its largest part is `step` times the noise
     # zero where it is not finite: such a loss is for the caller to report
-    direction_positions = weight_positions.index_select(0, crystals.system_idx)[:, None] * residual_positions
-    direction_positions = direction_positions.nan_to_num(0, 0, 0)
-    direction_strain = (weight_strain[:, None, None] * residual_strain).nan_to_num(0, 0, 0)
-    size = (sum_atoms(crystals, direction_positions.square().sum(dim=1)) / n_atoms).sqrt()
-    size = torch.maximum(size, direction_strain.norm(dim=(1, 2)) / strain_noise)
+    positions = residual.weight_positions.index_select(0, crystals.system_idx)[:, None] * residual.positions
+    positions = positions.nan_to_num(0, 0, 0)
+    strain = (residual.weight_strain[:, None, None] * residual.strain).nan_to_num(0, 0, 0)
+    size = (sum_atoms(crystals, positions.square().sum(dim=1)) / n_atoms).sqrt()
+    size = torch.maximum(size, strain.norm(dim=(1, 2)) / model.config.strain_noise)
     scale = step * sigma / size.clamp(min=1e-30)
-    pair = [_moved(crystals, direction_positions, direction_strain, sign * scale) for sign in (1, -1)]
+    pair = [_moved(crystals, positions, strain, sign * scale) for sign in (1, -1)]
     energy = model(Crystals.cat(pair), sigma.repeat(2)).unflatten(0, (2, -1))
     objective = -(n_atoms / scale * (energy[0] - energy[1])).mean()
     objective.backward()
-    loss = loss_positions + loss_strain
+    loss_positions, loss_strain = float(residual.loss_positions.mean()), float(residual.loss_strain.mean())
     return {
-        "loss": float(loss.mean()) / 2,
-        "loss_positions": float(loss_positions.mean()),
-        "loss_strain": float(loss_strain.mean()),
+        "loss": (loss_positions + loss_strain) / 2,
+        "loss_positions": loss_positions,
+        "loss_strain": loss_strain,
     }
 
 
@@ -141,9 +159,12 @@ def random_noise_levels(model: ContinuousCGCNN, n_systems: int, rng: torch.Gener
 class DiffusionConfig:
     """Sampling from high to low noise; the defaults were chosen on Perov-5 validation crystals."""
 
-    n_steps: int = 100
+    n_steps: int = 100  # energy gradients in all
     noise_scale: float = 0.5  # share of the noise added back; 1 is ancestral sampling, 0 deterministic
     noise_first: float | None = None  # Å, where to begin; the model's largest level if None
+    anneal_share: float = 0.0  # of the steps, spent cooling the energy at the model's default level
+    anneal_step: float = 0.3  # of Langevin dynamics, in units of σ²
+    temperature_last: float = 0.1  # cooled from 1, at which the density is the learned one
 
 
 def initial_crystals(model: ContinuousCGCNN, species: Sequence[Sequence[int]], rng: torch.Generator) -> Crystals:
@@ -175,24 +196,43 @@ def reverse_diffusion(
 
     Each step moves along the score by the variance that it removes, and adds back the noise of the level below
     (ancestral sampling, Song et al., arXiv 2011.13456, Appendix F); the last goes to the mean of the clean crystals.
+    On the way, where the noise falls below the model's default level, the energy of that level is cooled by Langevin
+    dynamics for a share of the steps: the levels alone leave the atoms in wells that the energy itself thinks poor.
     """
     first = model.config.noise_max if config.noise_first is None else config.noise_first
-    sigmas = torch.logspace(math.log10(first), math.log10(model.config.noise_min), config.n_steps).tolist()
-    for index, sigma in enumerate(sigmas):
-        below = sigmas[index + 1] if index + 1 < len(sigmas) else 0.0
-        score_positions, score_strain = score(model, crystals, torch.full_like(crystals.cell[:, 0, 0], sigma))
+    n_anneal = round(config.anneal_share * config.n_steps) if first > model.config.noise_default else 0
+    n_levels = config.n_steps - n_anneal
+    sigmas = torch.logspace(math.log10(first), math.log10(model.config.noise_min), n_levels).tolist()
+    moves = []  # σ, variance along the score, standard deviation of the noise added
+    for sigma, below in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
         removed = sigma**2 - below**2
-        added = config.noise_scale * below * math.sqrt(removed) / sigma
-        noise = torch.randn(score_strain.shape, generator=rng).to(score_strain)
-        strain_noise = model.config.strain_noise
-        strain = strain_noise**2 * removed * score_strain + strain_noise * added * (noise + noise.mT) / 2
-        # a bound that a trained energy does not reach; it keeps chains of an untrained one finite
-        strain = strain * (0.5 / strain.norm(dim=(1, 2), keepdim=True).clamp(min=0.5))
-        strained = apply_strain(crystals, strain)
-        shift = removed * score_positions + added * torch.randn(score_positions.shape, generator=rng).to(
-            score_positions
-        )
-        crystals = niggli(strained.replace(positions=strained.positions + shift))
+        moves.append((sigma, removed, config.noise_scale * below * math.sqrt(removed) / sigma))
+        if below < model.config.noise_default <= sigma:
+            moves += _cooling(model.config.noise_default, n_anneal, config)
+    for index, (sigma, removed, added) in enumerate(moves):
+        crystals = _move_along_score(model, crystals, sigma, removed, added, rng)
         if on_step is not None:
             on_step(index, crystals)
     return crystals
+
+
+def _cooling(sigma: float, n_steps: int, config: DiffusionConfig) -> list[tuple[float, float, float]]:
+    """Langevin dynamics at one level, its temperature falling geometrically from 1."""
+    variance = config.anneal_step * sigma**2
+    temperatures = torch.logspace(0, math.log10(config.temperature_last), n_steps).tolist()
+    return [(sigma, variance, math.sqrt(2 * variance * temperature)) for temperature in temperatures]
+
+
+def _move_along_score(
+    model: ContinuousCGCNN, crystals: Crystals, sigma: float, removed: float, added: float, rng: torch.Generator
+) -> Crystals:
+    """Atoms move by removed · score + added · noise, the cell by the same in strain, both in units of κ."""
+    score_positions, score_strain = score(model, crystals, torch.full_like(crystals.cell[:, 0, 0], sigma))
+    noise = torch.randn(score_strain.shape, generator=rng).to(score_strain)
+    strain_noise = model.config.strain_noise
+    strain = strain_noise**2 * removed * score_strain + strain_noise * added * (noise + noise.mT) / 2
+    # a bound that a trained energy does not reach; it keeps chains of an untrained one finite
+    strain = strain * (0.5 / strain.norm(dim=(1, 2), keepdim=True).clamp(min=0.5))
+    strained = apply_strain(crystals, strain)
+    shift = removed * score_positions + added * torch.randn(score_positions.shape, generator=rng).to(score_positions)
+    return niggli(strained.replace(positions=strained.positions + shift))

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from contsp_core.checkpoints import save_checkpoint
+from contsp_core.checkpoints import load_model, save_checkpoint
 from contsp_core.contrastive import ReplayBuffer, contrastive_divergence_step
 from contsp_core.crystals import Crystals, fit_atomic_volumes
 from contsp_core.diffusion import DiffusionConfig, random_noise_levels, score_matching_step
@@ -62,24 +62,40 @@ SCORE_MATCHING = TrainConfig(
     clip_norm=1.0,
     ema_decay=0.999,
 )
+FINE_TUNING = TrainConfig(
+    n_updates=100,
+    learning_rate=1e-4,
+    clip_norm=1.0,
+    ema_decay=0.95,
+    energy_penalty=0.0,  # the energy has its scale from score matching
+    expand_p=1.0,  # as many atoms as the crystal has
+    chain=AnnealConfig(100, 0.1, 0.0033, 0.3, 0.01, proposal="strain", measure="invariant", cell_step_ratio=0.04),
+    buffer_share=0.8,
+)  # contrastive divergence after score matching
 NOISY = EnergyConfig(
-    width=64, n_basis=64, basis_max=12.0, basis_width=1.5, cutoff_multiple=2.5, density_weight=0.1,
-    spectral_norm=False, noise_min=0.02, noise_max=2.5,
+    width=96, n_basis=64, basis_max=12.0, basis_width=1.5, cutoff_multiple=2.5, density_weight=0.1,
+    spectral_norm=False, noise_min=0.02, noise_max=1.5,
 )  # fmt: skip
+
+SAMPLING: dict[str, DiffusionConfig] = {}  # chosen on validation crystals
 
 
 def preset(dataset: str, objective: str = "score_matching") -> tuple[EnergyConfig, TrainConfig]:
-    """Settings of energy and training for a data set: ``contrastive_divergence`` is the paper's, as published.
+    """Settings of energy and training for a data set.
+
+    ``contrastive_divergence`` is the paper's, as published; ``fine_tuning`` is contrastive divergence that starts from
+    a checkpoint trained by ``score_matching``.
 
     Raises:
         ValueError: on an unknown objective.
     """
-    if objective == "score_matching":
+    if objective in ("score_matching", "fine_tuning"):
         # cells of one shape need little strain; where shapes differ, atoms and cell must find their places together
-        noise_max, strain_noise = (1.5, 0.1) if dataset == "perov5" else (2.5, 0.2)
-        return replace(NOISY, noise_max=noise_max, strain_noise=strain_noise), SCORE_MATCHING
+        energy = replace(NOISY, strain_noise=0.1 if dataset == "perov5" else 0.2)
+        return energy, SCORE_MATCHING if objective == "score_matching" else FINE_TUNING
     if objective != "contrastive_divergence":
-        raise ValueError(f"objective is {objective!r}, expected 'score_matching' or 'contrastive_divergence'")
+        names = "'score_matching', 'contrastive_divergence' or 'fine_tuning'"
+        raise ValueError(f"objective is {objective!r}, expected {names}")
     epochs, n_train = {"mp20": (5, 27136), "mpts52": (3, 27380), "carbon24": (2, 6091)}.get(dataset, (5, 11356))
     energy = PRESETS.get(dataset, EnergyConfig())
     return energy, TrainConfig(n_updates=math.ceil(n_train / TrainConfig.batch_size) * epochs)
@@ -174,6 +190,7 @@ def run(
     output: str | Path,
     *,
     n_structures: int | None = None,
+    initial: str | Path | None = None,
     validate: Callable[[ContinuousCGCNN], float] | None = None,
     validate_every: int = 1000,
     patience: int = 5,
@@ -184,10 +201,12 @@ def run(
 
     Args:
         dataset: name known to :func:`contsp_core.data.load_split`.
-        energy: settings of the model.
+        energy: settings of the model; not used if ``initial`` is given.
         config: settings of the training.
         output: the checkpoint, ``….safetensors``; the log is written beside it as ``….csv``, row by row.
         n_structures: use only so many training crystals, chosen by the seed.
+        initial: checkpoint to start from instead of random weights, for example to follow score matching by contrastive
+            divergence.
         validate: scores a model, higher is better; the best model is the one saved. Without it, the last one is.
         validate_every: updates between two validations.
         patience: stop after so many validations without a new best.
@@ -206,7 +225,8 @@ def run(
         crystals = crystals[order[:n_structures].sort().values]
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    model = initial_model(crystals, energy, config.seed).to(device)
+    model = (initial_model(crystals, energy, config.seed) if initial is None else load_model(initial)).to(device)
+    sampling = SAMPLING.get(dataset, DiffusionConfig())
     settings = {
         "dataset": dataset,
         "data": {
@@ -215,8 +235,9 @@ def run(
             "official": split.source.official,
         },
         "n_structures": len(crystals),
+        "initial": None if initial is None else str(initial),
         "training": asdict(config),
-        "sampling": asdict(config.chain if energy.noise_max is None else DiffusionConfig()),
+        "sampling": asdict(sampling if model.config.noise_max is not None else config.chain),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}",
     }
     history: list[dict[str, float]] = []
@@ -253,7 +274,9 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m contsp_core.training", description=__doc__)
     parser.add_argument("--dataset", required=True, help="prototypes, perov5, mp20, mpts52 or carbon24")
     parser.add_argument("--output", type=Path, help="checkpoint to write (default runs/<dataset>.safetensors)")
-    parser.add_argument("--objective", default="score_matching", help="score_matching or contrastive_divergence")
+    objectives = "score_matching, contrastive_divergence, or fine_tuning of an initial checkpoint"
+    parser.add_argument("--objective", default="score_matching", help=objectives)
+    parser.add_argument("--initial", help="checkpoint to start from instead of random weights")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; the learning rate follows")
     parser.add_argument("--n-updates", type=int, help="updates, instead of the preset's")
     parser.add_argument("--seed", type=int, default=0)
@@ -266,6 +289,8 @@ def main(arguments: list[str]) -> None:
     from tqdm import tqdm
 
     options = _parse_arguments(arguments)
+    if options.objective == "fine_tuning" and options.initial is None:
+        raise SystemExit("--initial is missing, expected the checkpoint that fine_tuning starts from")
     energy, config = preset(options.dataset, options.objective)
     limit = None if options.minutes is None else 60 * options.minutes
     n_updates = options.n_updates or (config.n_updates if limit is None else sys.maxsize)
@@ -277,7 +302,7 @@ def main(arguments: list[str]) -> None:
             bar.update()
 
         output = options.output or Path("runs") / f"{options.dataset}.safetensors"
-        run(options.dataset, energy, config, output, on_row=show, device=options.device)
+        run(options.dataset, energy, config, output, initial=options.initial, on_row=show, device=options.device)
 
 
 if __name__ == "__main__":

@@ -232,19 +232,28 @@ def known_model(log_density: Callable[[Crystals, float], Tensor], strain_noise: 
     def energy(crystals: Crystals, sigma: Tensor) -> Tensor:
         return -log_density(crystals, float(sigma[0])) / crystals.n_atoms
 
-    energy.config = SimpleNamespace(noise_max=noise_max, noise_min=0.02, strain_noise=strain_noise)
+    energy.config = SimpleNamespace(noise_max=noise_max, noise_min=0.02, noise_default=0.1, strain_noise=strain_noise)
     return energy
 
 
 def exact_moments(start: tuple[float, float], width: float, gain: float, noise_max: float, config: DiffusionConfig):
-    """Mean and variance after all steps of y ← y − g (σ² − σ′²) y / (c² + gσ²) + s σ′ √(g (σ² − σ′²)) ξ / σ."""
-    sigmas = [*np.geomspace(noise_max, 0.02, config.n_steps), 0.0]
+    """Mean and variance after all steps of y ← y − g (σ² − σ′²) y / (c² + gσ²) + s σ′ √(g (σ² − σ′²)) ξ / σ.
+
+    On passing σ = 0.1: Langevin steps y ← y − g τσ² y / (c² + gσ²) + √(2 g τσ² T) ξ, T from 1 to its last value.
+    """
+    n_anneal = round(config.anneal_share * config.n_steps)
+    sigmas = [*np.geomspace(noise_max, 0.02, config.n_steps - n_anneal), 0.0]
     mean, variance = start
     for sigma, below in pairwise(sigmas):
         removed = sigma**2 - below**2
         factor = 1 - gain * removed / (width**2 + gain * sigma**2)
         added = config.noise_scale**2 * gain * removed * below**2 / sigma**2
         mean, variance = factor * mean, factor**2 * variance + added
+        if below < 0.1 <= sigma:
+            factor = 1 - gain * config.anneal_step * 0.01 / (width**2 + gain * 0.01)
+            for temperature in np.geomspace(1, config.temperature_last, n_anneal):
+                added = 2 * gain * config.anneal_step * 0.01 * temperature
+                mean, variance = factor * mean, factor**2 * variance + added
     return mean, variance
 
 
@@ -252,11 +261,11 @@ def assert_gaussian(values: np.ndarray, mean: float, variance: float) -> None:
     assert stats.kstest((values - mean).ravel() / math.sqrt(variance), "norm").pvalue > 1e-3
 
 
-@pytest.mark.parametrize("noise_scale", [1.0, 0.5])
-def test_sampling_a_gaussian_pair_of_atoms_gives_its_mean_and_variance(noise_scale):
+@pytest.mark.parametrize(("noise_scale", "anneal_share"), [(1.0, 0.0), (0.5, 0.0), (0.5, 0.4)])
+def test_sampling_a_gaussian_pair_of_atoms_gives_its_mean_and_variance(noise_scale, anneal_share):
     """x₂ − x₁ ~ N(r, c² + 2σ²) at level σ, in a cell that does not move; N(r, c²) if all noise is added back."""
     n_systems, width, noise_max, n_steps, offset = 500, 0.2, 0.4, 60, 0.3
-    config = DiffusionConfig(n_steps, noise_scale)
+    config = DiffusionConfig(n_steps, noise_scale, anneal_share=anneal_share)
     bond = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
 
     def deviation(crystals: Crystals) -> Tensor:
@@ -317,6 +326,21 @@ def test_sampling_goes_through_the_noise_levels_from_the_first_one(noise_first, 
     config = DiffusionConfig(5, noise_first=noise_first)
     reverse_diffusion(known_model(log_density, 0.1, 1.0), small_crystals(), config, generator())
     np.testing.assert_allclose(seen, np.geomspace(expected, 0.02, 5), rtol=1e-5)
+
+
+def test_a_share_of_the_steps_cools_the_energy_at_its_default_level():
+    seen: list[float] = []
+
+    def log_density(crystals: Crystals, sigma: float) -> Tensor:
+        seen.append(round(sigma, 9))
+        return crystals.volume * 0
+
+    model = known_model(log_density, 0.1, 1.0)
+    reverse_diffusion(model, small_crystals(), DiffusionConfig(10, anneal_share=0.4), generator())
+    assert len(seen) == 10 and seen.count(0.1) == 4 and seen == sorted(seen, reverse=True)
+    seen.clear()  # a chain that begins below that level has nothing to cool
+    reverse_diffusion(model, small_crystals(), DiffusionConfig(10, noise_first=0.05, anneal_share=0.4), generator())
+    assert len(seen) == 10 and max(seen) == pytest.approx(0.05)
 
 
 def test_without_noise_the_steps_are_deterministic():

@@ -20,10 +20,13 @@ from contsp_core.diffusion import random_noise_levels, score_matching_step
 from contsp_core.energy import PRESETS, EnergyConfig
 from contsp_core.mala import AnnealConfig
 from contsp_core.training import (
+    FINE_TUNING,
+    SCORE_MATCHING,
     ReplayBuffer,
     TrainConfig,
     contrastive_divergence_step,
     initial_model,
+    main,
     preset,
     run,
     train,
@@ -302,5 +305,23 @@ def test_the_published_preset_is_the_papers():
     assert (chain.n_steps, chain.step_first, chain.step_last) == (1000, 0.5, 5e-4)
     assert (chain.temperature_first, chain.temperature_last, chain.proposal) == (1.0, 1e-3, "cartesian")
     assert config.n_updates == 5 * math.ceil(11356 / 128)
-    with pytest.raises(ValueError, match="objective is 'likelihood', expected 'score_matching' or"):
+    with pytest.raises(ValueError, match="objective is 'likelihood', expected 'score_matching', 'contrastive"):
         preset("perov5", "likelihood")
+
+
+def test_a_run_may_start_from_a_checkpoint(tmp_path):
+    """With a learning rate of zero the weights come back as they were, whatever the objective."""
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    energy = replace(NOISY, width=8, n_basis=8)
+    run("prototypes", energy, replace(SCORE_MATCHING, n_updates=2, batch_size=8), first, n_structures=8)
+    chain = replace(FINE_TUNING.chain, n_steps=2)
+    still = replace(FINE_TUNING, n_updates=2, batch_size=4, learning_rate=0.0, chain=chain)
+    run("prototypes", energy, still, second, n_structures=8, initial=first)
+    before, after = load_model(first), load_model(second)
+    assert all(torch.equal(old, new) for old, new in zip(before.parameters(), after.parameters(), strict=True))
+    assert after.settings["initial"] == str(first) and before.settings["initial"] is None
+
+
+def test_fine_tuning_needs_a_checkpoint():
+    with pytest.raises(SystemExit, match="--initial is missing"):
+        main(["--dataset", "prototypes", "--objective", "fine_tuning"])
