@@ -1,8 +1,12 @@
-"""Scores as tables, and what they are to be compared with: published numbers, and the ceiling that polymorphs set."""
+"""Scores as tables, and what they are to be compared with: published numbers, and the ceiling that polymorphs set.
+
+``python -m contsp_core.results figures/04_results_*.csv`` prints the table of the README.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +107,30 @@ def _published_row(row: pd.Series) -> dict[str, Any]:
     return dict(zip(COLUMNS, (row["dataset"], row["k"], row["method"], *values)))
 
 
+def overview_table(results: pd.DataFrame) -> pd.DataFrame:
+    """One row for each data set and method, from the rows of :func:`results_table` read as texts.
+
+    Returns:
+        Columns data set, method, and match rate (%) with its interval and RMSE for each of k = 1, k = n, 1 of n.
+    """
+    order = sorted(results["k"].unique(), key=lambda k: ("of" in k, int(k.split()[-1])))
+    rows = []
+    for (dataset, method), group in results.groupby(["dataset", "method"], sort=False):
+        row = {"data set": dataset, "method": method}
+        for k in order:
+            found = group[group["k"] == k]
+            name = f"lowest energy of {k.split()[-1]}" if "of" in k else f"k = {k}"
+            row |= {f"{name}: %": "", f"RMSE, {name}": ""} if found.empty else _cells(found.iloc[0], name)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _cells(row: pd.Series, name: str) -> dict[str, str]:
+    interval = f" [{row['95 % interval'].replace(' – ', ', ')}]" if row["95 % interval"] else ""
+    rate = f"{float(row['match rate (%)']):.1f}" if interval else row["match rate (%)"]
+    return {f"{name}: %": rate + interval, f"RMSE, {name}": row["RMSE"].replace(MISSING, "–")}
+
+
 def _number(value: float | None) -> str:
     return MISSING if value is None or np.isnan(value) else f"{value:.4f}"
 
@@ -188,3 +216,8 @@ def single_answer_ceiling(counts: pd.Series) -> tuple[float, pd.DataFrame]:
     labels = counts.clip(upper=MAX_POLYMORPHS).map(lambda m: f"{m}" if m < MAX_POLYMORPHS else f"≥ {m}")
     shares = labels.value_counts(sort=False, normalize=True).sort_index()
     return float((1 / counts).mean()), shares.rename_axis("crystals of the composition").rename("share").reset_index()
+
+
+if __name__ == "__main__":
+    tables = [pd.read_csv(path, dtype=str, keep_default_na=False) for path in sys.argv[1:]]
+    print(to_markdown(overview_table(pd.concat(tables))), end="")
