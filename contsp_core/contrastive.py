@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from contsp_core.crystals import Crystals, expand_composition, reduce_species
+from contsp_core.diffusion import DiffusionConfig
 from contsp_core.energy import ContinuousCGCNN
 from contsp_core.mala import anneal, random_crystals
+from contsp_core.sampler import sample_crystals
 
 if TYPE_CHECKING:
     from contsp_core.training import TrainConfig
@@ -48,24 +50,23 @@ def contrastive_divergence_step(
     Ũ is sampled under the current θ, for Expand(Reduce(species)) of every training crystal: the description of a
     crystal enters through E alone, which is why the training map is strongly re-description invariant.
 
+    Samples come from annealed MALA chains, or, if ``config.chain`` is a ``DiffusionConfig``, down the noise levels.
+
     Returns:
-        The loss and what the log shows: energies, gap, acceptance rate, share and age of buffered starts.
+        The loss and what the log shows: energies, gap, and of chains acceptance rate, share and age of buffered starts.
     """
     species = [
         expand_composition(reduce_species(numbers), rng, config.expand_p, config.max_atoms)
         for numbers in crystals.species
     ]
-    initial, start, ages = _chain_starts(species, config, rng, buffer, update)
-    accepted: list[Tensor] = []
     was_training = model.training
     model.eval().requires_grad_(False)
-    record = lambda _, state: accepted.append(state.accepted.float().mean())  # noqa: E731
-    initial = initial.to(crystals.cell.device).to(crystals.cell.dtype)
-    state = anneal(model, initial, config.chain, rng, record, start)
+    if isinstance(config.chain, DiffusionConfig):
+        samples, row = sample_crystals(model, species, config.chain, rng), {}
+    else:
+        samples, row = _persistent_chains(model, crystals, species, config, rng, buffer, update)
     model.train(was_training).requires_grad_(True)
-    if buffer is not None:
-        buffer.put(state.crystals.to("cpu"), update)  # where fresh starts are drawn
-    real, sampled = model(crystals), model(state.crystals)
+    real, sampled = model(crystals), model(samples)
     penalty = config.energy_penalty * (real.square().mean() + sampled.square().mean())
     loss = (real.mean() - sampled.mean()) + penalty
     loss.backward()
@@ -74,6 +75,27 @@ def contrastive_divergence_step(
         "energy_real": float(real.detach().mean()),
         "energy_sample": float(sampled.detach().mean()),
         "gap": float((real.mean() - sampled.mean()).detach()),
+    } | row
+
+
+def _persistent_chains(
+    model: ContinuousCGCNN,
+    crystals: Crystals,
+    species: list[list[int]],
+    config: TrainConfig,
+    rng: torch.Generator,
+    buffer: ReplayBuffer | None,
+    update: int,
+) -> tuple[Crystals, dict[str, float]]:
+    """Annealed MALA from fresh starts and from the buffer, which keeps the result; and what the log shows of it."""
+    initial, start, ages = _chain_starts(species, config, rng, buffer, update)
+    accepted: list[Tensor] = []
+    record = lambda _, state: accepted.append(state.accepted.float().mean())  # noqa: E731
+    initial = initial.to(crystals.cell.device).to(crystals.cell.dtype)
+    state = anneal(model, initial, config.chain, rng, record, start)
+    if buffer is not None:
+        buffer.put(state.crystals.to("cpu"), update)  # where fresh starts are drawn
+    return state.crystals, {
         "acceptance_rate": float(torch.stack(accepted).mean()),
         "buffer_share": len(ages) / len(species),
         "buffer_age": float(np.mean(ages)) if ages else 0.0,

@@ -108,27 +108,28 @@ def _published_row(row: pd.Series) -> dict[str, Any]:
 
 
 def overview_table(results: pd.DataFrame) -> pd.DataFrame:
-    """One row for each data set and method, from the rows of :func:`results_table` read as texts.
+    """The rows of :func:`results_table`, read as texts, with all k of a method side by side.
 
     Returns:
-        Columns data set, method, and match rate (%) with its interval and RMSE for each of k = 1, k = n, 1 of n.
+        A row for each data set and method; for each k the match rate (%) with its interval, and the RMSE.
     """
-    order = sorted(results["k"].unique(), key=lambda k: ("of" in k, int(k.split()[-1])))
+    counts = sorted(results["k"].unique(), key=lambda k: ("of" in k, int(k.split()[-1])))
+    columns = ["data set", "method"]
+    for k in counts:
+        columns += [f"lowest energy of {k.split()[-1]} (%)" if "of" in k else f"k = {k} (%)", "RMSE"]
     rows = []
     for (dataset, method), group in results.groupby(["dataset", "method"], sort=False):
-        row = {"data set": dataset, "method": method}
-        for k in order:
-            found = group[group["k"] == k]
-            name = f"lowest energy of {k.split()[-1]}" if "of" in k else f"k = {k}"
-            row |= {f"{name}: %": "", f"RMSE, {name}": ""} if found.empty else _cells(found.iloc[0], name)
-        rows.append(row)
-    return pd.DataFrame(rows)
+        found = group.set_index("k")
+        rows.append([dataset, method, *(cell for k in counts for cell in _cells(found, k))])
+    return pd.DataFrame(rows, columns=columns)
 
 
-def _cells(row: pd.Series, name: str) -> dict[str, str]:
-    interval = f" [{row['95 % interval'].replace(' – ', ', ')}]" if row["95 % interval"] else ""
-    rate = f"{float(row['match rate (%)']):.1f}" if interval else row["match rate (%)"]
-    return {f"{name}: %": rate + interval, f"RMSE, {name}": row["RMSE"].replace(MISSING, "–")}
+def _cells(found: pd.DataFrame, k: str) -> tuple[str, str]:
+    if k not in found.index:
+        return "", ""
+    rate, interval = found.loc[k, "match rate (%)"], found.loc[k, "95 % interval"]
+    text = f"{float(rate):.1f} [{interval.replace(' – ', ', ')}]" if interval else rate
+    return text, found.loc[k, "RMSE"].replace(MISSING, "–")
 
 
 def _number(value: float | None) -> str:

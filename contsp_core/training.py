@@ -46,7 +46,7 @@ class TrainConfig:
     energy_penalty: float = 0.1  # α of mean E² (contrastive divergence)
     expand_p: float = 0.5
     max_atoms: int | None = None  # of an expanded composition
-    chain: AnnealConfig = field(default_factory=AnnealConfig)
+    chain: AnnealConfig | DiffusionConfig = field(default_factory=AnnealConfig)
     buffer_share: float = 0.0  # chains that start at an earlier sample of the same species; the others start afresh
     buffer_start: float = 1 / 3  # how far down the schedules such a chain begins; a third is T = 0.1
     seed: int = 0
@@ -68,9 +68,8 @@ FINE_TUNING = TrainConfig(
     clip_norm=1.0,
     ema_decay=0.95,
     energy_penalty=0.0,  # the energy has its scale from score matching
-    expand_p=1.0,  # as many atoms as the crystal has
-    chain=AnnealConfig(100, 0.1, 0.0033, 0.3, 0.01, proposal="strain", measure="invariant", cell_step_ratio=0.04),
-    buffer_share=0.8,
+    expand_p=1.0,  # one formula unit
+    chain=DiffusionConfig(),
 )  # contrastive divergence after score matching
 NOISY = EnergyConfig(
     width=96, n_basis=64, basis_max=12.0, basis_width=1.5, cutoff_multiple=2.5, density_weight=0.1,

@@ -19,7 +19,7 @@ from contsp_core.data import load_split
 from contsp_core.energy import EnergyConfig
 from contsp_core.evaluation import evaluate_checkpoint, evaluate_cifs, read_per_crystal, validation_match_rate
 from contsp_core.metrics import summarise
-from contsp_core.results import polymorph_counts, results_table, single_answer_ceiling, to_markdown
+from contsp_core.results import overview_table, polymorph_counts, results_table, single_answer_ceiling, to_markdown
 from contsp_core.statistics import pool_candidates, ranking_table
 from contsp_core.templates import TemplateLibrary
 from contsp_core.training import initial_model
@@ -288,6 +288,14 @@ def test_results_stand_beside_the_published_ones_with_remarks():
     assert set(ours["remarks"]) == {"not the official split, trained on 7 crystals"}
     assert len(table) == 2 * (2 + 6)
     assert to_markdown(table).count("\n") == len(table) + 2
+
+
+def test_the_overview_puts_all_k_of_a_method_in_one_row():
+    results = results_table([summary()]).astype({"k": str, "RMSE": str})
+    table = overview_table(results)
+    assert table.columns.tolist() == ["data set", "method", "k = 1 (%)", "RMSE", "k = 20 (%)", "RMSE"]
+    assert table["method"].tolist() == ["ours", "P-cG-SchNet", "CDVAE", "DiffCSP"]
+    assert table["k = 1 (%)"][0].endswith(" [40.0, 60.0]") and table["k = 20 (%)"][3] == "98.60"
 
 
 def test_the_ceiling_of_one_answer_is_the_mean_of_one_over_m():

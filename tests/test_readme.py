@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from contsp_core.checkpoints import CHECKPOINTS
+from contsp_core.results import overview_table, to_markdown
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -29,3 +31,9 @@ def test_every_module_and_every_notebook_is_listed():
     assert [name for name in modules if f"`{name}`" not in table] == []
     notebooks = [path.name for path in README.parent.glob("notebooks/*.ipynb")]
     assert [name for name in notebooks if f"](notebooks/{name})" not in text] == []
+
+
+def test_the_results_are_those_of_the_executed_notebooks():
+    files = [README.parent / "figures" / f"04_results_{name}.csv" for name in ("perov5", "mp20", "mpts52")]
+    results = pd.concat([pd.read_csv(path, dtype=str, keep_default_na=False) for path in files])
+    assert to_markdown(overview_table(results)) in README.read_text(encoding="utf-8")
