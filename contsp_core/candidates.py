@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SOURCES = ("chains", "random", "random_descended", "templates", "templates_relaxed")
 BATCH_ATOMS = 8192  # relaxed together
 LARGEST_MOVE = 0.3  # Å, of all atoms together in one step of descent; or a strain of 0.1
-N_STEPS = {"random_descended": 200, "templates_relaxed": 50}  # energy gradients per structure
+N_STEPS = {"random_descended": 50, "templates_relaxed": 20}  # energy gradients per structure
 
 
 def make_candidates(

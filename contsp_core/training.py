@@ -76,7 +76,11 @@ NOISY = EnergyConfig(
     spectral_norm=False, noise_min=0.02, noise_max=1.5,
 )  # fmt: skip
 
-SAMPLING: dict[str, DiffusionConfig] = {}  # chosen on validation crystals
+SAMPLING = {  # chosen on validation crystals
+    "perov5": DiffusionConfig(noise_scale=0.0),
+    "mp20": DiffusionConfig(250, anneal_share=0.72),
+    "mpts52": DiffusionConfig(250, anneal_share=0.72),
+}
 
 
 def preset(dataset: str, objective: str = "score_matching") -> tuple[EnergyConfig, TrainConfig]:
@@ -90,8 +94,10 @@ def preset(dataset: str, objective: str = "score_matching") -> tuple[EnergyConfi
     """
     if objective in ("score_matching", "fine_tuning"):
         # cells of one shape need little strain; where shapes differ, atoms and cell must find their places together
-        energy = replace(NOISY, strain_noise=0.1 if dataset == "perov5" else 0.2)
-        return energy, SCORE_MATCHING if objective == "score_matching" else FINE_TUNING
+        strain_noise, noise_default = (0.1, 0.3) if dataset == "perov5" else (0.2, 0.4)
+        energy = replace(NOISY, strain_noise=strain_noise, noise_default=noise_default)
+        batch_size = 64 if dataset == "mpts52" else 128  # large cells take longer
+        return energy, replace(SCORE_MATCHING, batch_size=batch_size) if objective == "score_matching" else FINE_TUNING
     if objective != "contrastive_divergence":
         names = "'score_matching', 'contrastive_divergence' or 'fine_tuning'"
         raise ValueError(f"objective is {objective!r}, expected {names}")
