@@ -19,6 +19,7 @@ PYTEST_ARGS ?=
 SEED ?= 0
 N_STRUCTURES ?= None
 N_SAMPLES ?= 20
+N_BASELINES ?= None
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 DATASETS := perov5 mp20 mpts52
 
@@ -76,7 +77,7 @@ $(DATASETS:%=evaluate-%): evaluate-%: $(INSTALLED)
 	mkdir -p runs/$*
 	$(PAPERMILL) notebooks/04_csp_evaluation.ipynb runs/$*/04_csp_evaluation.ipynb \
 	    -p dataset $* -p checkpoint $* -p seed $(SEED) -p output_dir $(CURDIR)/runs/$* \
-	    -p n_structures $(N_STRUCTURES) -p n_samples $(N_SAMPLES)
+	    -p n_structures $(N_STRUCTURES) -p n_samples $(N_SAMPLES) -p n_baselines $(N_BASELINES)
 
 clean:
 	rm -rf demo runs .pytest_cache .ruff_cache .hypothesis .benchmarks

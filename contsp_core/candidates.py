@@ -254,7 +254,8 @@ def compare_samplers(
         "MALA of the paper": (random_crystals, AnnealConfig()),
         "MALA of the paper, learned start": (partial(initial_crystals, model), AnnealConfig()),
         "MALA with strain moves, learned start": (partial(initial_crystals, model), strain),
-        "noise levels": (partial(initial_crystals, model), sampling_config(model)),
+        "noise levels": (partial(initial_crystals, model), replace(sampling_config(model), anneal_share=0.0)),
+        "noise levels, cooled": (partial(initial_crystals, model), replace(sampling_config(model), anneal_share=0.7)),
     }
     rows = []
     for length in n_steps:

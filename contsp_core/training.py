@@ -79,7 +79,7 @@ NOISY = EnergyConfig(
 SAMPLING = {  # chosen on validation crystals
     "perov5": DiffusionConfig(noise_scale=0.0),
     "mp20": DiffusionConfig(250, anneal_share=0.72),
-    "mpts52": DiffusionConfig(250, anneal_share=0.72),
+    "mpts52": DiffusionConfig(150, anneal_share=0.6),
 }
 
 
