@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,13 +207,14 @@ def energy_comparison(
     groups = {"samples": np.ones(len(sample), bool)}
     if matched is not None:
         groups = {"match": np.asarray(matched, bool), "no match": ~np.asarray(matched, bool)}
-    for color, (label, chosen) in zip(COLORS, groups.items()):
-        ax.scatter(reference[chosen], sample[chosen], s=12, color=color, alpha=0.6, lw=0, label=label)
+    size = min(12, max(1.5, 6000 / len(sample)))
+    for color, (label, chosen) in reversed(list(zip(COLORS, groups.items()))):  # matches on top: mostly the fewer
+        ax.scatter(reference[chosen], sample[chosen], s=size, color=color, alpha=0.6, lw=0, label=label)
     ends = np.nanmin([reference, sample]), np.nanmax([reference, sample])
     ax.plot(ends, ends, color="0.3", lw=0.8, ls="--")
     ax.set(xlabel="reference energy (dimensionless)", ylabel="sample energy (dimensionless)")
     if matched is not None:
-        ax.legend()
+        ax.legend(markerscale=math.sqrt(12 / size))
     return figure
 
 
