@@ -33,7 +33,7 @@ def test_a_row_for_each_setting():
     small = {"width": 4, "n_basis": 4}
     settings = {"first": small, "second": small | {"atomic_volume": 20.0}}
     table = compare_settings("prototypes", 2, settings, n_structures=2, n_samples=2)
-    assert table["setting"].tolist() == ["first", "second"] and table["time"][0] == 1
+    assert table["setting"].tolist() == ["first", "second"]
     assert table["match_rate@2"].between(0, 1).all()
     assert table["loss_0.03"][0] == pytest.approx(table["loss_0.03"][1], rel=0.05)
     assert not table.drop(columns="setting").isna().any(axis=None)
