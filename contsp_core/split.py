@@ -123,7 +123,7 @@ class Split(Sequence):
         if self.source.official:
             return ""
         return (
-            f"{self.name}/{self.split}: {self.source.path} is not the official file ({len(self)} crystals, "
+            f"{self.name}/{self.split}: {Path(self.source.path).name} is not the official file ({len(self)} crystals, "
             f"git blob {self.source.blob_id[:12]}); results cannot be compared with published ones"
         )
 

@@ -128,7 +128,7 @@ def test_rmse_histogram_counts_each_matched_crystal_once():
 
 def test_energy_comparison_separates_matches():
     ax = figures.energy_comparison([0, 1, 2], [0.5, 1, 1], matched=[True, False, True]).axes[0]
-    assert [len(part.get_offsets()) for part in ax.collections] == [2, 1]
+    assert {part.get_label(): len(part.get_offsets()) for part in ax.collections} == {"match": 2, "no match": 1}
     with pytest.raises(ValueError, match="sample_energy has shape"):
         figures.energy_comparison([0, 1], [0])
 
