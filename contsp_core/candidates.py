@@ -101,7 +101,7 @@ def with_energies(
     Args:
         model: any energy of a batch.
         structures: of any composition.
-        sigma: noise level at which the energy is taken, Å; by default the smallest.
+        sigma: noise level at which the energy is taken, Å; by default that of the model.
     """
 
     @torch.no_grad()
