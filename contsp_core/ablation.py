@@ -1,6 +1,6 @@
 """What each setting changes: short training runs that differ in one thing, scored on the same validation crystals.
 
-``python -m contsp_core.ablation --dataset perov5 --n-updates 400 --output figures/ablation_perov5.csv``
+``python -m contsp_core.ablation --dataset perov5 --output figures/03_ablation_perov5.csv``
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def validation_loss(model: ContinuousCGCNN, crystals: Any, sigma: float, seed: i
 
 def compare_settings(
     dataset: str,
-    n_updates: int = 400,
+    n_updates: int = 250,
     settings: Mapping[str, Mapping[str, Any]] = SETTINGS,
     n_structures: int = 100,
     n_samples: int = 5,
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str]) -> None:
     """Write the table as CSV."""
     parser = argparse.ArgumentParser(prog="python -m contsp_core.ablation", description=__doc__)
     parser.add_argument("--dataset", default="perov5")
-    parser.add_argument("--n-updates", type=int, default=400)
+    parser.add_argument("--n-updates", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True, help="CSV to write")
     options = parser.parse_args(arguments)

@@ -201,6 +201,7 @@ def reverse_diffusion(
     """
     first = model.config.noise_max if config.noise_first is None else config.noise_first
     n_anneal = round(config.anneal_share * config.n_steps) if first > model.config.noise_default else 0
+    n_anneal = max(0, min(n_anneal, config.n_steps - 2))  # a chain always begins at the first level and ends clean
     n_levels = config.n_steps - n_anneal
     sigmas = torch.logspace(math.log10(first), math.log10(model.config.noise_min), n_levels).tolist()
     moves = []  # σ, variance along the score, standard deviation of the noise added

@@ -343,6 +343,20 @@ def test_a_share_of_the_steps_cools_the_energy_at_its_default_level():
     assert len(seen) == 10 and max(seen) == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("n_steps", [1, 2, 3])
+def test_a_chain_however_short_ends_with_a_step_to_clean_crystals(n_steps):
+    seen: list[float] = []
+
+    def log_density(crystals: Crystals, sigma: float) -> Tensor:
+        seen.append(sigma)
+        return crystals.volume * 0
+
+    model = known_model(log_density, 0.1, 1.0)
+    reverse_diffusion(model, small_crystals(), DiffusionConfig(n_steps, anneal_share=1.0), generator())
+    assert len(seen) == n_steps and seen[0] == 1
+    assert n_steps == 1 or seen[-1] == pytest.approx(0.02)
+
+
 def test_without_noise_the_steps_are_deterministic():
     model, crystals = small_model(NOISY), small_crystals()
     results = [reverse_diffusion(model, crystals, DiffusionConfig(4, noise_scale=0.0), generator(s)) for s in (0, 1)]
