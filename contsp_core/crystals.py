@@ -110,8 +110,19 @@ class Crystals:
     @property
     def frac_coords(self) -> Tensor:
         """(n_atoms_total, 3) fractional coordinates, not wrapped."""
-        inverse = torch.linalg.inv(self.cell)
-        return torch.einsum("ni,nij->nj", self.positions, inverse[self.system_idx])
+        return self.multiply_rows(self.positions, torch.linalg.inv(self.cell))
+
+    def to_atoms(self, per_system: Tensor) -> Tensor:
+        """(n_systems, …) -> (n_atoms_total, …), the value of its crystal for each atom."""
+        return per_system.index_select(0, self.system_idx)
+
+    def sum_atoms(self, per_atom: Tensor) -> Tensor:
+        """(n_atoms_total, …) -> (n_systems, …), the sum over the atoms of each crystal."""
+        return per_atom.new_zeros(self.n_systems, *per_atom.shape[1:]).index_add(0, self.system_idx, per_atom)
+
+    def multiply_rows(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        """(n_atoms_total, 3) rows, each times the matrix (n_systems, 3, 3) of its crystal, on the right."""
+        return torch.bmm(rows.unsqueeze(1), self.to_atoms(matrices)).squeeze(1)
 
     @property
     def species(self) -> list[list[int]]:
@@ -215,6 +226,17 @@ class Crystals:
             Structure(Lattice(cell), numbers, xyz.numpy(), coords_are_cartesian=True, to_unit_cell=True)
             for cell, numbers, xyz in zip(cells, self.species, positions)
         ]
+
+
+def pack(sizes: Sequence[int], limit: int) -> list[slice]:
+    """Consecutive entries in runs whose sizes sum to at most ``limit``; an entry larger than that is a run of its own."""
+    cuts, used = [0], 0
+    for index, size in enumerate(sizes):
+        if index > cuts[-1] and used + size > limit:
+            cuts.append(index)
+            used = 0
+        used += size
+    return [slice(start, end) for start, end in zip(cuts, [*cuts[1:], len(sizes)]) if end > start]
 
 
 def ragged_arange(starts: Tensor, counts: Tensor) -> Tensor:

@@ -16,8 +16,7 @@ from contsp_core.crystals import MAX_ATOMIC_NUMBER, Crystals
 from contsp_core.graph import build_graph, cutoff_radius, edge_vectors
 
 try:  # without numba the same energy is computed by the plain torch path
-    from contsp_core.edges import build_edges, edge_lengths
-    from contsp_core.kernels import message_sum
+    from contsp_core.kernels import build_edges, edge_lengths, message_sum
 except ImportError:
     message_sum = None
 

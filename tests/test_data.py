@@ -30,8 +30,7 @@ from pymatgen.core import Lattice, Structure
 
 from contsp_core import data
 from contsp_core.crystals import Crystals
-from contsp_core.data import DATASETS, SPLITS, git_blob_id, load_split, parse_formula, resolve_species
-from contsp_core.split import Split
+from contsp_core.data import DATASETS, SPLITS, Split, git_blob_id, load_split, parse_formula, resolve_species
 
 SALT = Structure(Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
 GOOD = SALT.to(fmt="cif")

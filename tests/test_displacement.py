@@ -11,7 +11,7 @@ from pymatgen.core import Lattice, Structure
 
 from contsp_core.crystals import Crystals
 from contsp_core.data import load_split
-from contsp_core.displacement import (
+from contsp_core.invariance import (
     describe_response,
     displaced,
     displacement_scan,

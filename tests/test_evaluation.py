@@ -10,18 +10,35 @@ import pytest
 import torch
 from pymatgen.core import Lattice, Structure
 
-from contsp_core import evaluation
-from contsp_core.candidates import SOURCES, descend, make_candidates, rank_candidates, relax, with_energies
 from contsp_core.checkpoints import save_checkpoint
-from contsp_core.cif_folder import fill_folder, read_samples, write_samples
 from contsp_core.crystals import Crystals
+from contsp_core.csp import evaluation
+from contsp_core.csp.candidates import (
+    SOURCES,
+    TemplateLibrary,
+    descend,
+    make_candidates,
+    rank_candidates,
+    relax,
+    with_energies,
+)
+from contsp_core.csp.evaluation import (
+    evaluate_checkpoint,
+    evaluate_cifs,
+    fill_folder,
+    overview_table,
+    polymorph_counts,
+    read_per_crystal,
+    read_samples,
+    results_table,
+    single_answer_ceiling,
+    to_markdown,
+    validation_match_rate,
+    write_samples,
+)
+from contsp_core.csp.metrics import pool_candidates, ranking_table, summarise
 from contsp_core.data import load_split
 from contsp_core.energy import EnergyConfig
-from contsp_core.evaluation import evaluate_checkpoint, evaluate_cifs, read_per_crystal, validation_match_rate
-from contsp_core.metrics import summarise
-from contsp_core.results import overview_table, polymorph_counts, results_table, single_answer_ceiling, to_markdown
-from contsp_core.statistics import pool_candidates, ranking_table
-from contsp_core.templates import TemplateLibrary
 from contsp_core.training import initial_model
 
 SMALL = {"width": 8, "n_conv": 1, "n_basis": 8, "cutoff_multiple": 1.5}

@@ -11,8 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 from pymatgen.core import Lattice, Structure
 
-from contsp_core import figures
-from contsp_core.drawing import EDGE_PIECES, SHADES, boundary_atoms, crystal_marks, view_rotation
+from contsp_core.csp import figures
+from contsp_core.csp.figures import EDGE_PIECES, SHADES, boundary_atoms, crystal_marks, view_rotation
 
 PEROVSKITE = Structure(
     Lattice.cubic(3.905),

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from strategies import crystals
 
 from contsp_core import Crystals, graph
-from contsp_core.edges import build_edges, edge_lengths
 from contsp_core.graph import Graph, build_graph, cutoff_radius, edge_vectors
+from contsp_core.kernels import build_edges, edge_lengths
 
 multiples = st.sampled_from((0.6, 1.5, 2.5))
 

@@ -17,10 +17,19 @@ from contsp_core import Crystals
 from contsp_core.data import load_split
 from contsp_core.energy import ContinuousCGCNN, EnergyConfig
 from contsp_core.graph import build_graph, cutoff_radius, edge_vectors
-from contsp_core.invariance import as_energy, audit, continuity_profile, evaluate_in_chunks
+from contsp_core.invariance import (
+    PROBES,
+    as_energy,
+    audit,
+    continuity_profile,
+    cross_cutoff,
+    evaluate_in_chunks,
+    overlap,
+    swap_neighbors,
+    thin_cell,
+)
 from contsp_core.lattice import niggli
 from contsp_core.mala import AnnealConfig
-from contsp_core.probes import PROBES, cross_cutoff, overlap, swap_neighbors, thin_cell
 from contsp_core.training import TrainConfig, contrastive_divergence_step, initial_model
 from contsp_core.transformations import TRANSFORMATIONS, change_basis, random_redescription, supercell
 

@@ -11,9 +11,9 @@ from scipy import special
 from test_energy import SMALL, random_batch, small_model
 
 from contsp_core import energy, kernels
-from contsp_core.edges import EdgeList, build_edges, edge_lengths
 from contsp_core.energy import ContinuousCGCNN, energy_and_gradient
 from contsp_core.graph import Graph, cutoff_radius, edge_vectors
+from contsp_core.kernels import EdgeList, build_edges, edge_lengths
 
 
 def cubic(table: torch.Tensor, position: torch.Tensor, D: int) -> torch.Tensor:

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from pymatgen.core import Lattice, Structure
 
-from contsp_core import matching
-from contsp_core.metrics import (
+from contsp_core.csp import metrics as matching
+from contsp_core.csp.metrics import (
     bootstrap_interval,
     evaluate_csp,
     is_charge_neutral,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 from pymatgen.core import Lattice, Structure
 
-from contsp_core import prediction
-from contsp_core.data import load_split
-from contsp_core.prediction import (
+from contsp_core.csp import candidates as prediction
+from contsp_core.csp.candidates import (
     compare_with_known,
     describe_structures,
     is_formula,
@@ -16,6 +15,7 @@ from contsp_core.prediction import (
     standardise,
     write_cifs,
 )
+from contsp_core.data import load_split
 
 ROCK_SALT = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
 CESIUM_CHLORIDE = Structure(Lattice.cubic(3.5), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])

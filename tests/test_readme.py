@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from contsp_core.checkpoints import CHECKPOINTS
-from contsp_core.results import overview_table, to_markdown
+from contsp_core.csp.evaluation import overview_table, to_markdown
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from pymatgen.core import Composition, Lattice, Structure
 
-from contsp_core.metrics import score_pair
-from contsp_core.templates import (
+from contsp_core.csp.candidates import (
     TemplateLibrary,
     element_distances,
     fit_atomic_volumes,
     random_structures,
     substitute_templates,
 )
+from contsp_core.csp.metrics import score_pair
 
 BA, SR, TI, ZR, O, S, NA, CL, K, BR = 56, 38, 22, 40, 8, 16, 11, 17, 19, 35  # noqa: E741
 

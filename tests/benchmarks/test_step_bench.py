@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from literal_energy import LiteralEnergy, directed_edges
+from performance import perovskite_like, step_function
 
 from contsp_core import Crystals
 from contsp_core.energy import PRESETS, energy_and_gradient
 from contsp_core.graph import build_graph, cutoff_radius
 from contsp_core.lattice import niggli
-from contsp_core.performance import perovskite_like, step_function
 from contsp_core.training import initial_model
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def test_energy_and_gradient(benchmark: BenchmarkFixture, path: str, crystals: C
 @SIZES
 @PATHS
 def test_graph(benchmark: BenchmarkFixture, path: str, crystals: Crystals) -> None:
-    edges = pytest.importorskip("contsp_core.edges")
+    edges = pytest.importorskip("contsp_core.kernels")
     build = {"fused": edges.build_edges, "plain": build_graph, "literal": directed_edges}[path]
     run(benchmark, "graph", path, crystals, lambda: build(crystals, cutoff_radius(crystals)))
 

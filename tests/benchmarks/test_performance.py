@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import time
 
+import performance as perf
 import pytest
 import torch
 from literal_energy import directed_edges
 
-from contsp_core import performance as perf
 from contsp_core.energy import PRESETS, ContinuousCGCNN, EnergyConfig
 from contsp_core.graph import cutoff_radius
 from contsp_core.sampler import bytes_per_atom

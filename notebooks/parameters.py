@@ -3,7 +3,7 @@
 papermill only warns about a parameter that the notebook does not have, and takes any value. The cell after the
 ``parameters`` cell therefore reads::
 
-    from contsp_core.notebook import check_parameters
+    from parameters import check_parameters
 
     parameters = check_parameters(globals(), "dataset", "seed", "n_steps", "output_dir")
 
@@ -16,8 +16,6 @@ import ast
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from contsp_core.data import DATA_DIR, DATASETS
 
@@ -119,11 +117,3 @@ def check_parameters(namespace: Mapping[str, Any], *names: str, **rules: Rule) -
         if expected:
             raise ValueError(f"{name}={namespace[name]!r}, expected {expected}")
     return {name: namespace[name] for name in known}
-
-
-def limit_structures(structures: Sequence[Any], n_structures: int | None, seed: int = 0) -> list[Any]:
-    """A random choice of at most ``n_structures`` entries, in their original order; all of them if None."""
-    if n_structures is None or n_structures >= len(structures):
-        return list(structures)
-    chosen = np.random.default_rng(seed).choice(len(structures), size=n_structures, replace=False)
-    return [structures[int(index)] for index in sorted(chosen)]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import nbformat
 import papermill
+import parameters as notebook
 import pytest
+from parameters import check_parameters
 
-from contsp_core import notebook
-from contsp_core.notebook import check_parameters, limit_structures
+from contsp_core.data import choose
 
 GOOD = {
     "dataset": "prototypes",
@@ -89,7 +90,7 @@ def small_notebook(tmp_path_factory):
     cells = [
         nbformat.v4.new_code_cell("seed = 0\nn_steps = 5", metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(
-            "from contsp_core.notebook import check_parameters\ncheck_parameters(globals(), 'seed', 'n_steps')"
+            "from parameters import check_parameters\ncheck_parameters(globals(), 'seed', 'n_steps')"
         ),
         nbformat.v4.new_code_cell("later = 3  # a name of the notebook's own is no parameter"),
     ]
@@ -115,8 +116,8 @@ def test_papermill_run_stops_on_a_wrong_parameter(small_notebook, tmp_path, para
 
 
 def test_limited_choice_is_seeded_ordered_and_without_repeats():
-    chosen = limit_structures(range(100), 10, seed=1)
+    chosen = choose(range(100), 10, seed=1)
     assert chosen == sorted(set(chosen))
     assert len(chosen) == 10
-    assert chosen == limit_structures(range(100), 10, seed=1) != limit_structures(range(100), 10, seed=2)
-    assert limit_structures(range(5), None) == limit_structures(range(5), 9) == [0, 1, 2, 3, 4]
+    assert chosen == choose(range(100), 10, seed=1) != choose(range(100), 10, seed=2)
+    assert choose(range(5), None) == choose(range(5), 9) == [0, 1, 2, 3, 4]

@@ -181,8 +181,7 @@ def profile_step(model: ContinuousCGCNN, crystals: Crystals, repeats: int = 15) 
         crystals: the batch, float32, on the CPU.
         repeats: timed calls of each part.
     """
-    from contsp_core.edges import build_edges, edge_lengths
-    from contsp_core.kernels import message_sum
+    from contsp_core.kernels import build_edges, edge_lengths, message_sum
 
     cutoff = cutoff_radius(crystals, model.config.cutoff_multiple)
     edges = build_edges(crystals, cutoff)
@@ -242,7 +241,7 @@ def acceptance(energy: Callable[[Crystals], Tensor], crystals: Crystals, n_steps
 
 def measure_batch(model: ContinuousCGCNN, crystals: Crystals, x: float) -> dict[str, float]:
     """One point of a scaling curve: ``x``, numbers of atoms and edges, times of step and search (s), peak bytes."""
-    from contsp_core.edges import build_edges
+    from contsp_core.kernels import build_edges
 
     cutoff = cutoff_radius(crystals, model.config.cutoff_multiple)
     n_atoms = len(crystals.positions)

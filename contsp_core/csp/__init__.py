@@ -1,0 +1,1 @@
+"""Crystal structure prediction: candidates, scores and pictures."""
