@@ -1,7 +1,7 @@
 # Every target makes its own .venv when there is none, from the pins in requirements.txt.
 #
 #   make demo      the whole job on the bundled crystals: train, evaluate, figures, predict (minutes, two cores)
-#   make test      all tests, and every notebook re-executed
+#   make test      all tests, and every notebook executed again and compared (pytest --nbval)
 #   make train-perov5, make evaluate-perov5 (also mp20, mpts52): the long jobs
 #
 # A machine without a GPU may save a large download with
@@ -25,7 +25,7 @@ DATASETS := perov5 mp20 mpts52
 
 # The kernel of a notebook is the python of .venv, and finds its programs first.
 export PATH := $(BIN):$(PATH)
-unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONTSP_OUTPUT_DIR
 
 PAPERMILL = $(BIN)/papermill --cwd notebooks --log-level WARNING
 
@@ -56,8 +56,7 @@ demo: $(INSTALLED)
 	@echo "Executed notebooks:"; ls demo/*.ipynb | sed 's/^/  /'
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -o addopts= --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
+	$(BIN)/pytest --nbval $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
@@ -80,4 +79,4 @@ $(DATASETS:%=evaluate-%): evaluate-%: $(INSTALLED)
 	    -p n_structures $(N_STRUCTURES) -p n_samples $(N_SAMPLES) -p n_baselines $(N_BASELINES)
 
 clean:
-	rm -rf demo runs .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf demo runs build .browser .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,4 +1,4 @@
-"""CGCNN with a hard cutoff, or with a fixed number of neighbours: the discontinuous baselines.
+"""What does an energy on a hard-cut graph do? CGCNN with a cutoff, or a fixed number of neighbours, as baselines.
 
 Gated convolutions on concatenated features (Xie & Grossman, Phys. Rev. Lett. 120, 145301, 2018), without batch
 normalisation, which would make the energy of a crystal depend on its batch. The weights are random: what these models
@@ -7,8 +7,6 @@ show, jumps in the energy, comes from the graph and not from training.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -16,7 +14,6 @@ from torch.nn.functional import softplus
 from contsp_core.crystals import MAX_ATOMIC_NUMBER, Crystals
 from contsp_core.graph import Graph, build_graph, edge_vectors
 
-Neighbors = Literal["radius", "nearest"]
 TYPICAL_N_NEIGHBORS = 100  # within 8 Å at 0.05 atoms per Å³
 
 
@@ -58,7 +55,7 @@ class CGCNN(nn.Module):
 
     def __init__(
         self,
-        neighbors: Neighbors = "radius",
+        neighbors: str = "radius",
         cutoff: float = 8.0,
         n_neighbors: int = 12,
         n_features: int = 32,
@@ -77,13 +74,10 @@ class CGCNN(nn.Module):
         self.convolutions = nn.ModuleList(GatedConvolution(n_features, n_basis, scale) for _ in range(n_convolutions))
         self.hidden, self.readout = nn.Linear(n_features, n_features), nn.Linear(n_features, 1)
         self.register_buffer("centers", torch.linspace(0, cutoff, n_basis))
-        self._draw_weights(torch.Generator().manual_seed(seed))
-
-    @torch.no_grad()
-    def _draw_weights(self, generator: torch.Generator) -> None:
+        rng = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
-            scale = parameter.shape[-1] ** -0.5 if parameter is not self.embedding.weight else 1.0
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            width = 1.0 if parameter is self.embedding.weight else parameter.shape[-1] ** -0.5
+            nn.init.normal_(parameter, std=width, generator=rng)
 
     def cutoff_radius(self, crystals: Crystals) -> Tensor:
         """(n_systems,) the hard cutoff, Å."""
@@ -104,8 +98,7 @@ class CGCNN(nn.Module):
         features = self.embedding(crystals.atomic_numbers)
         for convolution in self.convolutions:
             features = convolution(features, basis, graph)
-        zeros = features.new_zeros(crystals.n_systems, features.shape[1])
-        mean = zeros.index_add(0, crystals.system_idx, features) / crystals.n_atoms[:, None]
+        mean = crystals.sum_atoms(features) / crystals.n_atoms[:, None]
         return self.readout(softplus(self.hidden(softplus(mean)))).squeeze(1)
 
 

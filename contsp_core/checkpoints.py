@@ -1,60 +1,109 @@
-"""Checkpoints: one safetensors file with the weights and, as JSON in its header, every setting that made them."""
+"""What is kept of a training? One safetensors file with the weights and, as JSON in its header, all that made them.
+
+The format is written and read here, so that a training node needs torch and numpy only: the length of the header (8
+bytes, little endian), the header (JSON, padded to 8 bytes), then the tensors, row-major. A SHA-256 of all content is in
+the header. Nothing in a file is ever executed.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from contsp_core.data import DATA_DIR, write_whole
+from contsp_core.diffusion import DiffusionConfig
 from contsp_core.energy import ContinuousCGCNN, EnergyConfig
+from contsp_core.mala import AnnealConfig
+from contsp_core.sampler import sampling_config
 
-CHECKPOINTS = Path(__file__).resolve().parent.parent / "data" / "checkpoints"
-FORMAT = "contsp-1"
+CHECKPOINTS = DATA_DIR / "checkpoints"
+FORMAT = "contsp-2"
+DTYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8"}  # of safetensors and numpy
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError, RecursionError)
 
 
 def save_checkpoint(path: str | Path, model: ContinuousCGCNN, settings: dict[str, Any]) -> Path:
-    """Write the model and its settings; the file appears whole or not at all.
+    """Write the model, how it is sampled, and its settings; the file appears whole or not at all.
 
     Args:
         path: ends in ``.safetensors``.
         model: saved with its configuration.
-        settings: anything JSON can hold: data, training and sampling settings, seed, scores.
+        settings: anything JSON can hold: data and training settings, seed, scores.
+
+    Raises:
+        ValueError: on another ending.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {
-        "format": FORMAT,
-        "energy": json.dumps(asdict(model.config)),
-        "settings": json.dumps(settings, sort_keys=True),
-    }
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(_to_safetensors(model.state_dict(), metadata))
-    partial.replace(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"checkpoint is {str(path)!r}, expected a path that ends in .safetensors")
+    settings = settings | {"sampling": asdict(sampling_config(model))}
+    header = {"energy": json.dumps(asdict(model.config)), "settings": json.dumps(settings, sort_keys=True)}
+    write_tensors(path, model.state_dict(), header)
     return path
 
 
-def _to_safetensors(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
-    """The safetensors format, written here so that a training node needs torch and numpy only.
-
-    Length of the header (8 bytes, little endian), header (JSON, padded to 8 bytes), then the tensors, row-major.
-    """
-    names = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
-    arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, array in arrays.items():
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file of float32, float64 and int64 tensors, with text metadata; whole on disk, or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = metadata | {"format": FORMAT}
+    header: dict[str, Any] = {"__metadata__": metadata | {"sha256": digest(tensors, metadata)}}
+    names, end = {np.dtype(dtype): name for name, dtype in DTYPES.items()}, 0
+    for name, array in ((name, tensor.numpy()) for name, tensor in tensors.items()):
         start, end = end, end + array.nbytes
-        header[name] = {"dtype": names[tensors[name].dtype], "shape": array.shape, "data_offsets": [start, end]}
+        header[name] = {"dtype": names[array.dtype], "shape": array.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + b"".join(array.tobytes() for array in arrays.values())
+    body = b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
+    write_whole(path, lambda file: file.write(len(text).to_bytes(8, "little") + text + body))
+
+
+def digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 of names, types, shapes, numbers and metadata, in whatever order they are written."""
+    kinds = {name: (str(tensor.dtype), list(tensor.shape)) for name, tensor in tensors.items()}
+    found = hashlib.sha256(json.dumps([kinds, metadata], sort_keys=True).encode())
+    for name in sorted(tensors):
+        found.update(tensors[name].numpy().tobytes())
+    return found.hexdigest()
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file of :func:`write_tensors`.
+
+    Raises:
+        ValueError: on a file that is truncated, changed, or not one of ours.
+    """
+    try:
+        content = memoryview(bytearray(path.read_bytes()))
+        length = int.from_bytes(content[:8], "little")
+        header, body = json.loads(bytes(content[8 : 8 + length])), content[8 + length :]
+        metadata, tensors, end = header.pop("__metadata__"), {}, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, start = np.dtype(DTYPES[entry["dtype"]]), entry["shape"], end
+            end = start + math.prod(shape) * dtype.itemsize
+            if entry["data_offsets"] != [start, end] or min(shape, default=0) < 0:
+                raise ValueError(f"{name} has offsets {entry['data_offsets']}, expected {[start, end]}")
+            array = np.frombuffer(body[start:end], dtype).reshape(shape)
+            tensors[name] = torch.from_numpy(array).clone()  # aligned: rounding depends on it
+        found, sha256 = metadata.get("format"), metadata.pop("sha256", None)
+    except (OSError, *UNREADABLE) as error:
+        raise ValueError(f"checkpoint {path} is truncated or not a checkpoint: {_one_line(error)}") from None
+    if found != FORMAT:
+        raise ValueError(f"checkpoint {path} has format {str(found)[:40]!r}, expected {FORMAT!r}")
+    if end != len(body) or digest(tensors, metadata) != sha256:
+        raise ValueError(f"checkpoint {path} is damaged: its content is not what was saved (SHA-256 differs)")
+    return tensors, metadata
 
 
 def find_checkpoint(name_or_path: str | Path) -> Path:
-    """The file of a bundled checkpoint by data set name, or the path itself.
+    """The file of a bundled checkpoint by name, or the path itself.
 
     Raises:
         ValueError: if there is no such file, naming the bundled ones.
@@ -63,9 +112,7 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
     path = bundled if bundled.is_file() else Path(name_or_path)
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in CHECKPOINTS.glob("*.safetensors"))) or "none bundled"
-        raise ValueError(
-            f"checkpoint is {str(name_or_path)!r}, expected an existing .safetensors file or one of: {names}"
-        )
+        raise ValueError(f"checkpoint is {str(name_or_path)!r}, expected a .safetensors file or one of: {names}")
     return path
 
 
@@ -73,45 +120,45 @@ def read_settings(name_or_path: str | Path) -> dict[str, Any]:
     """The settings saved with a checkpoint, and its energy configuration under ``energy``.
 
     Raises:
-        ValueError: on a file that is truncated or not one of ours. Nothing in a file is ever executed.
+        ValueError: as :func:`load_model`.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = find_checkpoint(name_or_path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"checkpoint {path} is truncated or not a safetensors file: {error}") from None
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"checkpoint {path} has format {metadata.get('format')!r}, expected {FORMAT!r}")
+    return _settings(path, read_tensors(path)[1])
+
+
+def _settings(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     try:
         return json.loads(metadata["settings"]) | {"energy": json.loads(metadata["energy"])}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint {path} has unreadable settings: {error!r}") from None
+    except UNREADABLE as error:
+        raise ValueError(f"checkpoint {path} has unreadable settings: {_one_line(error)}") from None
 
 
 def load_model(name_or_path: str | Path, device: str | torch.device | None = None) -> ContinuousCGCNN:
-    """A trained energy, in evaluation mode: a bundled checkpoint by data set name (``"perov5"``), or a file.
+    """A trained energy, in evaluation mode: a bundled checkpoint by name (``"perov5"``), or a file.
 
-    The settings it was saved with are in ``model.settings``.
+    What it was saved with is told by :func:`read_settings`; how it is sampled is ``model.sampling``.
 
     Raises:
-        ValueError: on a missing, truncated or foreign file.
+        ValueError: on a missing, truncated, damaged or foreign file, or one with weights that are not finite.
     """
-    from safetensors.torch import load_file
-
-    settings = read_settings(name_or_path)
     path = find_checkpoint(name_or_path)
+    tensors, metadata = read_tensors(path)
+    settings = _settings(path, metadata)
     try:
-        model = ContinuousCGCNN(EnergyConfig(**settings["energy"]))
-    except TypeError as error:
-        raise ValueError(f"checkpoint {path} has settings of another energy: {' '.join(str(error).split())}") from None
-    try:
-        model.load_state_dict(load_file(path))
-    except RuntimeError as error:
-        raise ValueError(
-            f"checkpoint {path} does not fit its own configuration: {' '.join(str(error).split())}"
-        ) from None
-    model.settings = settings
+        config = EnergyConfig(**settings["energy"])
+        kind = AnnealConfig if config.noise_max is None else DiffusionConfig
+        with torch.device("meta"):  # no memory is spent on what the file only claims to hold
+            model = ContinuousCGCNN(config, kind(**settings["sampling"])).to(tensors["embedding.weight"].dtype)
+        for name, tensor in model.state_dict().items():
+            if name in tensors and tensors[name].dtype != tensor.dtype:
+                raise ValueError(f"{name} is {tensors[name].dtype}, expected {tensor.dtype}")
+            if name in tensors and not tensors[name].isfinite().all():
+                raise ValueError(f"{name} holds numbers that are not finite")
+        model.load_state_dict(tensors, assign=True)
+    except UNREADABLE as error:
+        raise ValueError(f"checkpoint {path} does not fit its own configuration: {_one_line(error)}") from None
     return model.to(device or "cpu").eval().requires_grad_(False)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

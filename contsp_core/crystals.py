@@ -6,8 +6,9 @@ are Cartesian, lengths are in Å, and atoms are grouped by system.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from pymatgen.core import Structure
 
 MAX_ATOMIC_NUMBER = 100
+Rng = (
+    torch.Generator | Sequence[torch.Generator]
+)  # of a whole batch, or one a crystal: then nothing depends on the batch
 MIN_VOLUME = 1e-6  # Å³: below this a cell is called flat, whatever its shape
 
 
@@ -123,6 +127,16 @@ class Crystals:
     def multiply_rows(self, rows: Tensor, matrices: Tensor) -> Tensor:
         """(n_atoms_total, 3) rows, each times the matrix (n_systems, 3, 3) of its crystal, on the right."""
         return torch.bmm(rows.unsqueeze(1), self.to_atoms(matrices)).squeeze(1)
+
+    def random_atoms(self, rng: Rng) -> Tensor:
+        """(n_atoms_total, 3) standard normal numbers; with one generator a crystal, each draws for its own atoms."""
+        return random_rows(torch.randn, self.n_atoms.tolist(), rng, self.cell.dtype).to(self.cell.device)
+
+    def random_cells(self, rng: Rng, symmetric: bool = True) -> Tensor:
+        """(n_systems, 3, 3) Gaussian matrices: of density ∝ exp(−|ε|²/2) if symmetric, else of independent entries."""
+        noise = random_rows(torch.randn, [3] * self.n_systems, rng, self.cell.dtype).to(self.cell.device)
+        noise = noise.view(-1, 3, 3)
+        return (noise + noise.mT) / 2 if symmetric else noise
 
     @property
     def species(self) -> list[list[int]]:
@@ -228,8 +242,23 @@ class Crystals:
         ]
 
 
+def keyed_rng(*key: object) -> torch.Generator:
+    """A generator that depends on the key only: equal keys give equal numbers, in any order, on any machine."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def random_rows(
+    sample: Callable[..., Tensor], counts: Sequence[int], rng: Rng, dtype: torch.dtype, width: int = 3
+) -> Tensor:
+    """(sum of counts, width) numbers of ``torch.rand`` or ``torch.randn``, so many rows for each crystal."""
+    if isinstance(rng, torch.Generator):
+        return sample(sum(counts), width, generator=rng, dtype=dtype)
+    return torch.cat([sample(n, width, generator=own, dtype=dtype) for n, own in zip(counts, rng, strict=True)])
+
+
 def pack(sizes: Sequence[int], limit: int) -> list[slice]:
-    """Consecutive entries in runs whose sizes sum to at most ``limit``; an entry larger than that is a run of its own."""
+    """Consecutive entries in runs whose sizes sum to at most ``limit``; a larger entry is a run of its own."""
     cuts, used = [0], 0
     for index, size in enumerate(sizes):
         if index > cuts[-1] and used + size > limit:
@@ -260,17 +289,17 @@ def reduce_species(species: Sequence[int]) -> dict[int, int]:
 
 
 def expand_composition(
-    composition: dict[int, int], generator: torch.Generator, p: float = 0.5, max_atoms: int | None = None
+    composition: dict[int, int], rng: torch.Generator, p: float = 0.5, max_atoms: int | None = None
 ) -> list[int]:
     """Expand(c): the species of m formula units, m ~ Geometric(p) on {1, 2, …} (paper, Figure 1).
 
     Args:
         composition: {atomic number: count}, as returned by :func:`reduce_species`.
-        generator: source of randomness, on the CPU.
+        rng: source of randomness, on the CPU.
         p: success probability; the paper uses 0.5.
         max_atoms: if given, m is truncated so that the crystal holds at most so many atoms (but m ≥ 1).
     """
-    uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
+    uniform = float(torch.rand((), generator=rng, dtype=torch.float64))
     multiple = 1 + int(math.log1p(-uniform) / math.log1p(-p)) if p < 1 else 1
     n_per_unit = sum(composition.values())
     if max_atoms is not None:

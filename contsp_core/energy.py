@@ -1,15 +1,16 @@
-"""The energy: a crystal graph network that is invariant to the description and continuous in the atoms."""
+"""The energy of a crystal: a graph network that no description changes, continuous in the atoms; and its gradients."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import silu, softplus
 from torch.nn.utils.parametrizations import spectral_norm
 
 from contsp_core.crystals import MAX_ATOMIC_NUMBER, Crystals
@@ -35,19 +36,45 @@ class EnergyConfig:
     density_weight: float = 1.0  # λ_ρ
     reference_density: float = 0.05  # ρ₀, Å⁻³, where no atomic volumes were learned
     spectral_norm: bool = True
+    form: Literal["paper", "residual"] = "paper"  # of update and read-out
     noise_min: float | None = None  # Å; given for an energy trained at many noise levels σ
     noise_max: float | None = None
     noise_default: float = 0.4  # Å; the level at which the energy is read unless another is asked for
-    strain_noise: float = 0.1  # κ, Å⁻¹: at noise level σ the cell is strained by a Gaussian of width κσ
+    strain_noise: float = 0.1  # κ, Å⁻¹: at noise level σ the cell is strained by a Gaussian of width min(κσ, cap)
+    strain_cap: float = 1.0
     n_start_cells: int = 512  # cell shapes of training crystals that chains may start from
 
+    def __post_init__(self) -> None:
+        for name in ("width", "n_conv", "n_fc", "n_start_cells"):
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected an integer ≥ 1")
+        if not (isinstance(self.n_basis, int) and self.n_basis >= 2):
+            raise ValueError(f"n_basis is {self.n_basis!r}, expected an integer ≥ 2")
+        positive = ("basis_max", "basis_width", "cutoff_multiple", "reference_density", "noise_default")
+        for name in (*positive, "strain_noise", "strain_cap"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a positive number")
+        if not 0 <= self.density_weight < math.inf:
+            raise ValueError(f"density_weight is {self.density_weight!r}, expected a number ≥ 0")
+        if self.form not in ("paper", "residual"):
+            raise ValueError(f"form is {self.form!r}, expected 'paper' or 'residual'")
+        levels = (self.noise_min, self.noise_max)
+        if levels != (None, None) and (None in levels or not 0 < self.noise_min < self.noise_max < math.inf):
+            raise ValueError(f"noise_min, noise_max are {levels}, expected both None, or 0 < noise_min < noise_max")
 
-PRESETS: dict[str, EnergyConfig] = {
+
+PRESETS: dict[str, EnergyConfig] = {  # as published
     "perov5": EnergyConfig(),
     "mp20": EnergyConfig(),
     "mpts52": EnergyConfig(width=64, n_conv=6, n_fc=4, n_basis=64),
     "carbon24": EnergyConfig(width=128, n_conv=6, n_fc=4, n_basis=128),
 }
+
+
+NOISE_LEVELS = EnergyConfig(  # an energy for score matching
+    width=96, n_basis=64, basis_max=12.0, basis_width=1.5, cutoff_multiple=2.5, density_weight=0.1,
+    spectral_norm=False, noise_min=0.02, noise_max=1.5,
+)  # fmt: skip
 
 
 class GaussianBasis(nn.Module):
@@ -56,8 +83,8 @@ class GaussianBasis(nn.Module):
     def __init__(self, config: EnergyConfig) -> None:
         super().__init__()
         self.register_buffer("offset", torch.linspace(0, config.basis_max, config.n_basis))
-        self.spacing = config.basis_max / (config.n_basis - 1)
-        self.width = config.basis_width * self.spacing
+        self.width = config.basis_width * config.basis_max / (config.n_basis - 1)
+        self.reach = config.basis_max + 40 * self.width  # Å; beyond, every φ is zero in either precision
 
     def forward(self, distance: Tensor) -> Tensor:
         """(...,) Å -> (..., K)."""
@@ -69,19 +96,28 @@ class GaussianBasis(nn.Module):
 
 
 class ContinuousConv(nn.Module):
-    """h′_i = softplus(tanh(Σ_j m_ij) + h_i),  m_ij = w(d) σ(u) ⊙ v,  (u, v) = (W₁h_i + W₂h_j + b) ⊙ (W₃φ(d) + b₃)."""
+    """Messages m_ij = w(d) σ(u) ⊙ v with (u, v) = (W₁h_i + W₂h_j + b) ⊙ (W₃φ(d) + b₃), and the update of h_i.
+
+    The paper's: h′_i = softplus(tanh(Σ_j m_ij) + h_i). Residual: h′_i = h_i + W₅ silu(W₄ tanh(Σ_j m_ij / 5)), which
+    does not saturate where an atom has many neighbours.
+    """
 
     def __init__(self, config: EnergyConfig) -> None:
         super().__init__()
         self.lin1 = nn.Linear(config.width, 2 * config.width)
         self.lin2 = nn.Linear(config.width, 2 * config.width)
         self.lin3 = nn.Linear(config.n_basis, 2 * config.width)
+        self.residual = config.form == "residual"
+        if self.residual:
+            self.lin4 = nn.Linear(config.width, config.width)
+            self.lin5 = nn.Linear(config.width, config.width)
 
     def forward(self, nodes: Tensor, shift: Tensor | float, messages: Callable[..., Tensor]) -> Tensor:
         """(n_atoms, D) -> (n_atoms, D); ``messages(a, b, lin3)`` sums the messages of projected nodes."""
-        received = self.lin1(nodes) + shift
-        sent = self.lin2(nodes)
-        return softplus(torch.tanh(messages(received, sent, self.lin3)) + nodes)
+        summed = messages(self.lin1(nodes) + shift, self.lin2(nodes), self.lin3)
+        if self.residual:
+            return nodes + self.lin5(silu(self.lin4(torch.tanh(summed / 5))))
+        return softplus(torch.tanh(summed) + nodes)
 
 
 class NoiseFeatures(nn.Module):
@@ -110,11 +146,15 @@ class ContinuousCGCNN(nn.Module):
     If the configuration has noise levels, f_θ(U) = g_θ(U, σ) / σ, at σ = ``noise_default`` unless σ is given: score
     matching does not see the relative depth of wells further apart than σ, so the smallest level ranks crystals badly.
     Atomic volumes (buffer ``atomic_volume``, Å³), where learned, replace the constant 1/ρ₀.
+
+    Attributes:
+        sampling: how its crystals are sampled unless asked otherwise, an ``AnnealConfig`` or ``DiffusionConfig``.
     """
 
-    def __init__(self, config: EnergyConfig = EnergyConfig()) -> None:
+    def __init__(self, config: EnergyConfig = EnergyConfig(), sampling: Any = None) -> None:
         super().__init__()
         self.config = config
+        self.sampling = sampling
         self.embedding = nn.Embedding(MAX_ATOMIC_NUMBER, config.width)
         self.distance_expansion = GaussianBasis(config)
         self.conv_layers = nn.ModuleList(ContinuousConv(config) for _ in range(config.n_conv))
@@ -138,24 +178,28 @@ class ContinuousCGCNN(nn.Module):
         """
         if sigma is None and self.noise_features is not None:
             sigma = torch.full_like(crystals.cell[:, 0, 0], self.config.noise_default)
-        system = crystals.system_idx
         messages = self._messages(crystals)
         nodes = torch.tanh(self.embedding(crystals.atomic_numbers - 1))
         to_conv, to_readout = (None, 0.0) if sigma is None else self.noise_features(sigma)
         for layer, conv in enumerate(self.conv_layers):
-            shift = 0.0 if to_conv is None else to_conv[:, layer].index_select(0, system)
+            shift = 0.0 if to_conv is None else crystals.to_atoms(to_conv[:, layer])
             nodes = conv(nodes, shift, messages)
-        summed = nodes.new_zeros(crystals.n_systems, nodes.shape[1]).index_add(0, system, nodes)
-        features = summed / crystals.n_atoms[:, None] + to_readout
+        if self.config.form == "residual":
+            shift = to_readout if sigma is None else crystals.to_atoms(to_readout)
+            energy = crystals.sum_atoms(self._readout(nodes + shift)) / crystals.n_atoms
+        else:
+            energy = self._readout(crystals.sum_atoms(nodes) / crystals.n_atoms[:, None] + to_readout)
+        return (energy if sigma is None else energy / sigma) + self.density_term(crystals)
+
+    def _readout(self, features: Tensor) -> Tensor:
+        """(n, D) -> (n,)."""
         for layer in self.fc_layers:
             features = softplus(layer(features))
-        energy = self.fc_final(features).squeeze(1)
-        return (energy if sigma is None else energy / sigma) + self.density_term(crystals)
+        return self.fc_final(features).squeeze(1)
 
     def density_term(self, crystals: Crystals) -> Tensor:
         """(n_systems,) λ_ρ ln²(ρ/ρ₀), with 1/ρ₀ the mean atomic volume of the composition."""
-        volumes = self.atomic_volume.index_select(0, crystals.atomic_numbers)
-        expected = volumes.new_zeros(crystals.n_systems).index_add(0, crystals.system_idx, volumes)
+        expected = crystals.sum_atoms(self.atomic_volume.index_select(0, crystals.atomic_numbers))
         return self.config.density_weight * torch.log(crystals.volume / expected) ** 2
 
     def _messages(self, crystals: Crystals) -> Callable[[Tensor, Tensor, nn.Linear], Tensor]:
@@ -166,7 +210,7 @@ class ContinuousCGCNN(nn.Module):
         graph = build_graph(crystals, cutoff.detach())
         distance = edge_vectors(crystals, graph).square().sum(dim=1).clamp(min=1e-24).sqrt()
         source, target = graph.source, graph.target
-        weight = _edge_weight(distance, cutoff.index_select(0, crystals.system_idx.index_select(0, source)))[:, None]
+        weight = _edge_weight(distance, crystals.to_atoms(cutoff).index_select(0, source))[:, None]
         basis = self.distance_expansion(distance)
 
         def messages(received: Tensor, sent: Tensor, lin3: nn.Linear) -> Tensor:
@@ -182,17 +226,18 @@ class ContinuousCGCNN(nn.Module):
     def _fused_messages(self, crystals: Crystals, cutoff: Tensor) -> Callable[[Tensor, Tensor, nn.Linear], Tensor]:
         edges = build_edges(crystals, cutoff)
         distance = edge_lengths(crystals, edges)
-        weight = _edge_weight(distance, cutoff.index_select(0, crystals.system_idx.index_select(0, edges.graph.source)))
+        weight = _edge_weight(distance, crystals.to_atoms(cutoff).index_select(0, edges.graph.source))
         # the interpolation error falls as the fourth power of spacing / s: 1e-9 for single, 1e-13 for double precision
         basis = self.distance_expansion
         inverse_spacing = (16 if distance.dtype == torch.float32 else 160) / basis.width
-        n_nodes = int(cutoff.detach().max() * inverse_spacing) + 3
+        n_nodes = int(min(float(cutoff.detach().max()), basis.reach) * inverse_spacing) + 3
         grid = torch.arange(n_nodes, dtype=distance.dtype) / inverse_spacing
         values, slopes = basis(grid), basis.slope(grid) / inverse_spacing
+        within = distance.clamp(max=basis.reach)  # beyond, the filter is constant
 
         def messages(received: Tensor, sent: Tensor, lin3: nn.Linear) -> Tensor:
             table = torch.cat([lin3(values), slopes @ lin3.weight.T], dim=1)
-            return message_sum(received, sent, table, distance, weight, inverse_spacing, edges)
+            return message_sum(received, sent, table, within, weight, inverse_spacing, edges)
 
         return messages
 
@@ -224,7 +269,9 @@ def _edge_weight(distance: Tensor, cutoff: Tensor) -> Tensor:
     return 1 + torch.cos(math.pi * (distance / cutoff).clamp(max=1))
 
 
-def energy_and_gradient(energy: Callable[..., Tensor], crystals: Crystals, *args) -> tuple[Tensor, Tensor, Tensor]:
+def energy_and_gradient(
+    energy: Callable[..., Tensor], crystals: Crystals, *args: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """E (n_systems,), ∂E/∂L (n_systems, 3, 3) at fixed positions and ∂E/∂X (n_atoms_total, 3), Å⁻¹, all detached."""
     moving = crystals.replace(
         cell=crystals.cell.detach().requires_grad_(), positions=crystals.positions.detach().requires_grad_()
@@ -234,3 +281,9 @@ def energy_and_gradient(energy: Callable[..., Tensor], crystals: Crystals, *args
         grads = torch.autograd.grad(value.sum(), (moving.cell, moving.positions), allow_unused=True)
     grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, (moving.cell, moving.positions))]
     return value.detach(), *grads
+
+
+def strain_gradient(crystals: Crystals, grad_cell: Tensor, grad_positions: Tensor) -> Tensor:
+    """(n_systems, 3, 3) ∂E/∂ε at ε = 0 of L exp(ε), X exp(ε): symmetric for a rotation-invariant energy."""
+    atoms = crystals.positions[:, :, None] * grad_positions[:, None, :]
+    return crystals.cell.mT @ grad_cell + crystals.sum_atoms(atoms)

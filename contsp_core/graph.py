@@ -1,4 +1,4 @@
-"""The periodic multigraph of a batch: every pair of atoms, images included, within a cutoff radius."""
+"""Which atoms are neighbours: every pair of atoms of a crystal, images included, within a cutoff radius."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from contsp_core.crystals import Crystals, ragged_arange
 
 CANDIDATES_PER_CHUNK = 4_000_000  # bounds the memory of the search: about 100 bytes per candidate pair
+MAX_CANDIDATES = 50_000_000  # of one crystal: as many as 10 000 atoms have in a wide cell
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,40 @@ def cutoff_radius(crystals: Crystals, multiple: float = 3.0) -> Tensor:
 
 def edge_vectors(crystals: Crystals, graph: Graph) -> Tensor:
     """(n_edges, 3) x_j + k L − x_i, Å, differentiable in the cell and the positions."""
-    cell = crystals.cell.index_select(0, crystals.system_idx.index_select(0, graph.source))
+    cell = crystals.to_atoms(crystals.cell).index_select(0, graph.source)
     translation = torch.bmm(graph.image.to(cell.dtype).unsqueeze(1), cell).squeeze(1)
     positions = crystals.positions
     return positions.index_select(0, graph.target) - positions.index_select(0, graph.source) + translation
 
 
 @torch.no_grad()
+def search_range(crystals: Crystals, cutoff: Tensor) -> tuple[Tensor, Tensor]:
+    """Fractional coordinates, and (n_systems, 3) int64 how many lattice steps either way cover a sphere of radius R.
+
+    The range along each lattice vector follows from the distance between opposite faces, so that no neighbour is missed
+    in a skewed cell; but the more skewed or flat a cell, the more images there are to try.
+
+    Raises:
+        ValueError: if a crystal has more than ``MAX_CANDIDATES`` pairs of atoms and images to try.
+    """
+    inverse = torch.linalg.inv(crystals.cell)
+    reach = (cutoff[:, None] * inverse.norm(dim=1) + 0.5).floor()  # 1 / |column of L⁻¹| = distance of two faces
+    n_atoms = crystals.n_atoms
+    candidates = n_atoms * (n_atoms + 1) / 2 * (2 * reach.double() + 1).prod(dim=1)
+    if (candidates > MAX_CANDIDATES).any():
+        worst = int(candidates.nan_to_num(0).argmax())
+        raise ValueError(
+            f"crystal {worst} has {float(candidates[worst]):.1e} candidate pairs for R = {float(cutoff[worst]):.3g} Å, "
+            f"expected ≤ {MAX_CANDIDATES:.0e}: its cell is too flat or skewed, or it has too many atoms"
+        )
+    return crystals.multiply_rows(crystals.positions, inverse), reach.nan_to_num(0).long()
+
+
+@torch.no_grad()
 def build_graph(crystals: Crystals, cutoff: Tensor) -> Graph:
     """The undirected graph of a batch, for any cells and any placement of the atoms.
 
-    The search range along each lattice vector follows from the distance between opposite faces, so that no neighbour
-    is missed in a skewed cell. All candidates are tested at once, in chunks of bounded memory.
+    All candidates of :func:`search_range` are tested, in chunks of bounded memory.
 
     Args:
         crystals: the batch.
@@ -64,43 +87,25 @@ def build_graph(crystals: Crystals, cutoff: Tensor) -> Graph:
     Returns:
         Each edge once (see :class:`Graph`); ``graph.directed()`` gives both directions.
     """
-    frac = crystals.frac_coords
-    inverse = torch.linalg.inv(crystals.cell)
-    reach = (cutoff[:, None] * inverse.norm(dim=1) + 0.5).floor().long()  # 1 / |column of L⁻¹| = distance of two faces
-    counts = crystals.n_atoms
-    first_atom = torch.cumsum(counts, 0) - counts
+    frac, reach = search_range(crystals, cutoff)
     # one entry per atom pair i ≤ j; the number of candidate images differs from system to system
-    source = torch.repeat_interleave(
-        torch.arange(len(frac), device=frac.device), (first_atom + counts)[crystals.system_idx] - _arange_like(frac)
-    )
-    target = ragged_arange(_arange_like(frac), (first_atom + counts)[crystals.system_idx] - _arange_like(frac))
-    system = crystals.system_idx[source]
-    n_images = (2 * reach + 1).prod(dim=1)[system]
+    atom = torch.arange(len(frac), device=frac.device)
+    n_partners = crystals.to_atoms(torch.cumsum(crystals.n_atoms, 0)) - atom
+    source, target = torch.repeat_interleave(atom, n_partners), ragged_arange(atom, n_partners)
+    ends = torch.cumsum(crystals.to_atoms((2 * reach + 1).prod(dim=1)).index_select(0, source), 0)
     parts = []
-    for chunk in _chunks(n_images):
-        parts.append(_search(crystals, frac, reach, cutoff, source[chunk], target[chunk], n_images[chunk]))
+    for first in range(0, int(ends[-1]), CANDIDATES_PER_CHUNK):
+        candidate = torch.arange(first, min(first + CANDIDATES_PER_CHUNK, int(ends[-1])), device=frac.device)
+        pair = torch.searchsorted(ends, candidate, right=True)
+        number = ends[pair] - 1 - candidate
+        parts.append(_search(crystals, frac, reach, cutoff, source[pair], target[pair], number))
     return Graph(*(torch.cat(column) for column in zip(*parts)))
 
 
-def _arange_like(tensor: Tensor) -> Tensor:
-    return torch.arange(len(tensor), device=tensor.device)
-
-
-def _chunks(sizes: Tensor) -> list[slice]:
-    """Cut consecutive entries into slices whose sizes sum to about ``CANDIDATES_PER_CHUNK``."""
-    group = torch.cumsum(sizes, 0) // CANDIDATES_PER_CHUNK
-    lengths = torch.unique_consecutive(group, return_counts=True)[1].tolist()
-    ends = torch.tensor(lengths).cumsum(0).tolist()
-    return [slice(end - length, end) for end, length in zip(ends, lengths)]
-
-
 def _search(
-    crystals: Crystals, frac: Tensor, reach: Tensor, cutoff: Tensor, source: Tensor, target: Tensor, n_images: Tensor
+    crystals: Crystals, frac: Tensor, reach: Tensor, cutoff: Tensor, source: Tensor, target: Tensor, number: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Test every image of the given atom pairs against the cutoff."""
-    pair = torch.repeat_interleave(_arange_like(source), n_images)
-    number = ragged_arange(torch.zeros_like(n_images), n_images)
-    source, target = source[pair], target[pair]
+    """Of candidates, image ``number`` of each atom pair, those within the cutoff."""
     system = crystals.system_idx[source]
     span = 2 * reach[system] + 1
     steps = torch.stack(
@@ -111,5 +116,6 @@ def _search(
     image = (steps - reach[system] - offset.round().long()).int()
     vector = torch.einsum("ei,eij->ej", offset + image, crystals.cell[system])
     first_nonzero = torch.where(image[:, 0] != 0, image[:, 0], torch.where(image[:, 1] != 0, image[:, 1], image[:, 2]))
-    keep = (vector.norm(dim=1) <= cutoff[system]) & ((source != target) | (first_nonzero > 0))
+    far = vector.norm(dim=1) > cutoff[system]  # NaN is kept, and makes the energy NaN
+    keep = ~far & ((source != target) | (first_nonzero > 0))
     return source[keep], target[keep], image[keep]

@@ -1,18 +1,18 @@
-"""Audit of any energy: is it invariant to the description of a crystal, and is it continuous?
+"""Is an energy invariant to the description of a crystal, and continuous? And what does it do when one atom moves?
 
 Invariance: the energy before and after each entry of :data:`contsp_core.transformations.TRANSFORMATIONS`.
-Continuity: the change of the energy over shorter and shorter steps δ along paths (:mod:`contsp_core.invariance`) that
-cross the places where graph-based energies tend to break. All in float64.
+Continuity: the change of the energy over shorter and shorter steps along each path of :data:`PROBES`. They lead through
+the places where graph-based energies tend to break, or search for a jump whose place is not known.
+Rounding: an energy computed in float32 changes by noise, whatever the step. The noise is measured, and a change below
+it is not called one. All geometry is in float64.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -21,204 +21,183 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from contsp_core.cgcnn import nearest_neighbors
-from contsp_core.checkpoints import CHECKPOINTS
-from contsp_core.crystals import Crystals
-from contsp_core.data import DATASETS, Split, choose, load_split
-from contsp_core.diffusion import add_noise
-from contsp_core.graph import cutoff_radius
+from contsp_core.crystals import Crystals, pack
+from contsp_core.graph import cutoff_radius, edge_vectors
 from contsp_core.transformations import TRANSFORMATIONS, supercell
 
 if TYPE_CHECKING:
     from ase.calculators.calculator import Calculator
     from pymatgen.core import Structure
 
+Energy = Callable[[Crystals], Tensor]
+Cutoff = float | Callable[[Crystals], Tensor] | None
 
-Cutoff = Callable[[Crystals], Tensor]
-THIN = 6  # the thin cell repeats this many times within the cutoff
-MIN_ATOMS = 4  # a smaller crystal is repeated, so that single atoms can move
-IMAGE_RANGE = 3
-RATTLE = 0.03  # of the interatomic spacing: breaks ties among neighbours
+# Paths through the places where energies break
 
 
 @dataclass(frozen=True)
 class Path:
-    """A curve of crystals, one per crystal of a batch.
+    """A straight line of crystals, one per crystal of a batch: at δ, cell and positions of ``start`` + δ · velocity.
 
     Attributes:
-        move: from displacements (n_systems,) in Å, 0 at the event, to crystals.
-        possible: (n_systems,) bool, whether the event could be set up.
-        search: whether the place of the event is unknown and has to be searched along the path.
+        start: the crystals at δ = 0, where the event is if ``grid`` is None.
+        cell: (n_systems, 3, 3) and ``positions`` (n_atoms_total, 3), velocities, Å per Å.
+        possible: (n_systems,) bool, whether the event could be set up; None for all.
+        grid: (n_points, n_systems) δ among which a jump is searched, Å.
     """
 
-    move: Callable[[Tensor], Crystals]
-    possible: Tensor
-    search: bool = False
+    start: Crystals
+    cell: Tensor
+    positions: Tensor
+    possible: Tensor | None = None
+    grid: Tensor | None = None
 
-    def at(self, displacement: float | Tensor) -> Crystals:
-        """The crystals at one displacement, or at one each, Å."""
-        return self.move(torch.as_tensor(displacement, dtype=torch.float64).expand(len(self.possible)))
+    def at(self, delta: Tensor) -> Crystals:
+        """The crystals at δ (n_systems,), Å."""
+        positions = self.start.positions + self.start.to_atoms(delta)[:, None] * self.positions
+        return self.start.replace(cell=self.start.cell + delta[:, None, None] * self.cell, positions=positions)
+
+    def energies(self, function: Energy, deltas: Tensor) -> Tensor:
+        """(n_points, n_systems) energies at ``deltas`` (n_points, n_systems or 1), Å."""
+        deltas = deltas.expand(-1, self.start.n_systems)
+        return function(Crystals.cat([self.at(delta) for delta in deltas])).view(len(deltas), -1)
 
 
-def cross_cutoff(crystals: Crystals, cutoff: Cutoff, n_neighbors: int, generator: torch.Generator) -> Path:
+def cross_cutoff(crystals: Crystals, cutoff: Tensor, n_neighbors: int, rng: torch.Generator) -> Path:
     """An atom passes the cutoff of another: their distance is R + δ."""
-    crystals = enlarge(crystals, MIN_ATOMS)
-    atom, direction, missing = _pair_near(crystals, cutoff(crystals), generator)
-    return _all_possible(crystals, lambda s: _move_atom(crystals, atom, direction, missing + s))
+    return _through_distance(crystals, cutoff, rng)
 
 
-def overlap(crystals: Crystals, cutoff: Cutoff, n_neighbors: int, generator: torch.Generator) -> Path:
+def overlap(crystals: Crystals, cutoff: Tensor, n_neighbors: int, rng: torch.Generator) -> Path:
     """Two atoms pass through each other: their distance is |δ|."""
-    crystals = enlarge(crystals, MIN_ATOMS)
-    atom, direction, missing = _pair_near(crystals, torch.zeros_like(crystals.volume), generator)
-    return _all_possible(crystals, lambda s: _move_atom(crystals, atom, direction, missing + s))
+    return _through_distance(crystals, 0 * cutoff, rng)
 
 
-def strain(crystals: Crystals, cutoff: Cutoff, n_neighbors: int, generator: torch.Generator) -> Path:
+def approach(crystals: Crystals, cutoff: Tensor, n_neighbors: int, rng: torch.Generator) -> Path:
+    """Two atoms come closer, from 0.5 Å down to 10⁻⁷ Å, in equal steps of the logarithm."""
+    distances = torch.logspace(-7, np.log10(0.5), 34, dtype=torch.float64)
+    return replace(_through_distance(crystals, 0 * cutoff, rng), grid=distances[:, None].expand(-1, len(crystals)))
+
+
+def strain(crystals: Crystals, cutoff: Tensor, n_neighbors: int, rng: torch.Generator) -> Path:
     """A random homogeneous strain moves the farthest lattice vector by δ, from a pair of atoms at the cutoff."""
-    start = cross_cutoff(crystals, cutoff, n_neighbors, generator).at(0.0)
-    direction = torch.randn(start.n_systems, 3, 3, generator=generator, dtype=torch.float64)
-    direction = direction + direction.mT
-    direction = direction / (start.cell @ direction).norm(dim=2).amax(dim=1)[:, None, None]
-    identity = torch.eye(3, dtype=torch.float64)
-    return _all_possible(start, lambda s: deform(start, identity + s[:, None, None] * direction))
+    start, direction = _through_distance(crystals, cutoff, rng).start, crystals.random_cells(rng)
+    return _deforming(start, direction / (start.cell @ direction).norm(dim=2).amax(dim=1)[:, None, None])
 
 
-def thin_cell(crystals: Crystals, cutoff: Cutoff, n_neighbors: int, generator: torch.Generator) -> Path:
-    """A cell squeezed to a plate of height (R + δ)/6 at constant volume: atoms see their own sixth image pass R."""
+def breathe(crystals: Crystals, cutoff: Tensor, n_neighbors: int, rng: torch.Generator) -> Path:
+    """The crystal swells from a third to twice its volume: (V/N)^{1/3} grows by δ."""
+    side = crystals.density.pow(-1 / 3)
+    grid = torch.linspace(-0.3, 0.27, 25, dtype=torch.float64)[:, None] * side
+    return replace(_deforming(crystals, torch.eye(3, dtype=torch.float64) / side[:, None, None]), grid=grid)
+
+
+def thin_cell(crystals: Crystals, cutoff: Tensor, n_neighbors: int, rng: torch.Generator) -> Path:
+    """A cell squeezed to a plate of height (R + δ)/6: atoms see their own sixth image pass R."""
     length, axis = crystals.cell.norm(dim=2).min(dim=1)
-    normal = crystals.cell[torch.arange(crystals.n_systems), axis] / length[:, None]
+    normal = crystals.cell[torch.arange(len(crystals)), axis] / length[:, None]
     along = normal[:, :, None] * normal[:, None, :]
-    across = torch.eye(3, dtype=along.dtype) - along
-    radius = cutoff(crystals)
-
-    def move(s: Tensor) -> Crystals:
-        stretch = ((radius + s) / (THIN * length))[:, None, None]
-        return deform(crystals, stretch * along + stretch.rsqrt() * across)
-
-    return _all_possible(crystals, move)
+    stretch = (cutoff / (6 * length))[:, None, None]
+    across = torch.eye(3, dtype=torch.float64) - along
+    plate = _deforming(crystals, (stretch - 1) * along + (stretch.rsqrt() - 1) * across).at(torch.ones_like(length))
+    return _deforming(plate, along / cutoff[:, None, None])
 
 
-def swap_neighbors(crystals: Crystals, cutoff: Cutoff, n_neighbors: int, generator: torch.Generator) -> Path:
+def swap_neighbors(crystals: Crystals, cutoff: Tensor, n_neighbors: int, rng: torch.Generator) -> Path:
     """Neighbours number n and n + 1 of an atom change places: their distances differ by δ.
 
     Impossible where, for every atom, the two are images of one atom or the farther is an image of the atom itself.
     """
-    crystals = enlarge(crystals, MIN_ATOMS)
-    noise = torch.randn(len(crystals.positions), 3, generator=generator, dtype=torch.float64)
-    spacing = crystals.density.pow(-1 / 3)[crystals.system_idx][:, None]
-    crystals = crystals.replace(positions=crystals.positions + RATTLE * spacing * noise)
+    noise = 0.03 * crystals.to_atoms(crystals.density.pow(-1 / 3))[:, None] * crystals.random_atoms(rng)
+    crystals = crystals.replace(positions=crystals.positions + noise)  # no ties left
     graph = nearest_neighbors(crystals, n_neighbors + 1)
     near = torch.arange(len(crystals.positions)) * (n_neighbors + 1) + n_neighbors - 1
     far = near + 1
-    vector = _edge_vectors(crystals, graph.source, graph.target, graph.image)
+    vector = edge_vectors(crystals, graph)
     distance = vector.norm(dim=1)
     free = (graph.target[far] != graph.source[far]) & (graph.target[far] != graph.target[near])
     gap = torch.where(free, distance[far] - distance[near], torch.inf)
-    chosen = _best_per_system(gap, crystals.system_idx, crystals.n_systems)
-    direction = vector[far[chosen]] / distance[far[chosen], None]
-    possible = free[chosen]
+    chosen = _best_per_system(gap, crystals)
+    possible, edge = free[chosen], far[chosen]
     closer = torch.where(possible, -gap[chosen], 0.0)
-    return Path(lambda s: _move_atom(crystals, graph.target[far[chosen]], direction, closer + s), possible)
+    path = _moving_atom(crystals, graph.target[edge], vector[edge] / distance[edge, None], closer)
+    return replace(path, possible=possible)
 
 
-def wander(crystals: Crystals, cutoff: Cutoff, n_neighbors: int, generator: torch.Generator) -> Path:
-    """A random atom moves in a random direction; jumps are searched along the way, wherever they are."""
-    crystals = enlarge(crystals, MIN_ATOMS)
-    atom = _random_atoms(crystals, generator)
-    direction = torch.randn(crystals.n_systems, 3, generator=generator, dtype=torch.float64)
-    direction = direction / direction.norm(dim=1, keepdim=True)
-    path = _all_possible(crystals, lambda s: _move_atom(crystals, atom, direction, s))
-    return Path(path.move, path.possible, search=True)
+def wander(crystals: Crystals, cutoff: Tensor, n_neighbors: int, rng: torch.Generator) -> Path:
+    """A random atom moves in a random direction, by half an Å to either side."""
+    direction = torch.randn(len(crystals), 3, generator=rng, dtype=torch.float64)
+    path = _moving_atom(crystals, _random_atom(crystals, rng), direction / direction.norm(dim=1, keepdim=True))
+    return replace(path, grid=torch.linspace(-0.5, 0.5, 21, dtype=torch.float64)[:, None].expand(-1, len(crystals)))
 
 
-PROBES: dict[str, Callable[[Crystals, Cutoff, int, torch.Generator], Path]] = {
+PROBES: dict[str, Callable[[Crystals, Tensor, int, torch.Generator], Path]] = {
     "atom crosses the cutoff": cross_cutoff,
     "two atoms overlap": overlap,
+    "two atoms approach": approach,
     "strain": strain,
+    "volume": breathe,
     "thin cell": thin_cell,
     "neighbours swap order": swap_neighbors,
     "search along a path": wander,
 }
 
 
-def deform(crystals: Crystals, gradient: Tensor) -> Crystals:
-    """Multiply cells and positions (rows) by deformation gradients (n_systems, 3, 3) on the right."""
-    positions = torch.einsum("ni,nij->nj", crystals.positions, gradient[crystals.system_idx])
-    return crystals.replace(cell=crystals.cell @ gradient, positions=positions)
-
-
-def enlarge(crystals: Crystals, min_atoms: int) -> Crystals:
-    """Repeat each crystal along its shortest lattice vector until it has ``min_atoms`` atoms."""
-    repeats = -(-min_atoms // crystals.n_atoms)
-    matrices = torch.eye(3, dtype=torch.int64).repeat(crystals.n_systems, 1, 1)
+def enlarge(crystals: Crystals, min_atoms: int = 4) -> Crystals:
+    """Repeat each crystal along its shortest lattice vector until it has ``min_atoms``: single atoms can then move."""
+    matrices = torch.eye(3, dtype=torch.int64).repeat(len(crystals), 1, 1)
     shortest = crystals.cell.norm(dim=2).argmin(dim=1)
-    matrices[torch.arange(crystals.n_systems), shortest, shortest] = repeats.clamp(min=1)
+    matrices[torch.arange(len(crystals)), shortest, shortest] = -(-min_atoms // crystals.n_atoms)
     return supercell(crystals, matrices)
 
 
-def _all_possible(crystals: Crystals, move: Callable[[Tensor], Crystals]) -> Path:
-    return Path(move, torch.ones(crystals.n_systems, dtype=torch.bool))
+def _deforming(crystals: Crystals, direction: Tensor) -> Path:
+    """Space is deformed by 1 + δ · direction (n_systems, 3, 3)."""
+    return Path(crystals, crystals.cell @ direction, crystals.multiply_rows(crystals.positions, direction))
 
 
-def _move_atom(crystals: Crystals, atom: Tensor, direction: Tensor, distance: Tensor) -> Crystals:
-    """Move one atom per crystal by a signed distance (n_systems,) along a unit vector (n_systems, 3)."""
-    return crystals.replace(positions=crystals.positions.index_add(0, atom, distance[:, None] * direction))
+def _moving_atom(crystals: Crystals, atom: Tensor, direction: Tensor, offset: Tensor | None = None) -> Path:
+    """One atom per crystal moves along a unit vector (n_systems, 3); at δ = 0 it is moved by ``offset`` already."""
+    velocity = torch.zeros_like(crystals.positions).index_add(0, atom, direction)
+    path = Path(crystals, torch.zeros_like(crystals.cell), velocity)
+    return path if offset is None else replace(path, start=path.at(offset))
 
 
-def _pair_near(crystals: Crystals, distance: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """A pair of atoms whose distance is close to a given one (n_systems,), Å.
-
-    Returns:
-        the second atom (n_systems,), the unit vector from the first to it (n_systems, 3), and how far along this vector
-        the second atom has to go (n_systems,), Å.
-    """
-    first = _random_atoms(crystals, generator)
-    second = torch.arange(len(crystals.positions))
-    axis = torch.arange(-IMAGE_RANGE, IMAGE_RANGE + 1)
-    images = torch.cartesian_prod(axis, axis, axis).double()
-    offset = crystals.frac_coords - crystals.frac_coords[first][crystals.system_idx]
-    offset = (offset - offset.round())[:, None, :] + images
-    vectors = torch.einsum("nki,nij->nkj", offset, crystals.cell[crystals.system_idx])
+def _through_distance(crystals: Crystals, distance: Tensor, rng: torch.Generator) -> Path:
+    """The atom that is at about this distance (n_systems,) from a random one moves away from it; at it for δ = 0."""
+    first, axis = _random_atom(crystals, rng), torch.arange(-3.0, 4.0, dtype=torch.float64)
+    offset = crystals.frac_coords - crystals.to_atoms(crystals.frac_coords[first])
+    offset = (offset - offset.round())[:, None, :] + torch.cartesian_prod(axis, axis, axis)
+    vectors = offset @ crystals.to_atoms(crystals.cell)
     lengths = vectors.norm(dim=2)
-    wrong = (lengths - distance[crystals.system_idx][:, None]).abs()
+    wrong = (lengths - crystals.to_atoms(distance)[:, None]).abs()
     wrong = torch.where(lengths > 1e-3, wrong, torch.inf)  # coincident atoms have no direction
     wrong[first] = torch.inf
     error, image = wrong.min(dim=1)
-    chosen = _best_per_system(error, crystals.system_idx, crystals.n_systems)
-    vector, length = vectors[chosen, image[chosen]], lengths[chosen, image[chosen]]
-    return second[chosen], vector / length[:, None], distance - length
+    second = _best_per_system(error, crystals)
+    vector, length = vectors[second, image[second]], lengths[second, image[second]]
+    return _moving_atom(crystals, second, vector / length[:, None], distance - length)
 
 
-def _edge_vectors(crystals: Crystals, source: Tensor, target: Tensor, image: Tensor) -> Tensor:
-    shift = torch.einsum("ni,nij->nj", image.to(crystals.cell), crystals.cell[crystals.system_idx[source]])
-    return crystals.positions[target] + shift - crystals.positions[source]
+def _random_atom(crystals: Crystals, rng: torch.Generator) -> Tensor:
+    draw = torch.rand(len(crystals), generator=rng, dtype=torch.float64)
+    return torch.cumsum(crystals.n_atoms, 0) - crystals.n_atoms + (draw * crystals.n_atoms).long()
 
 
-def _random_atoms(crystals: Crystals, generator: torch.Generator) -> Tensor:
-    counts = crystals.n_atoms
-    draw = torch.rand(crystals.n_systems, generator=generator, dtype=torch.float64)
-    return torch.cumsum(counts, 0) - counts + (draw * counts).long()
-
-
-def _best_per_system(score: Tensor, system_idx: Tensor, n_systems: int) -> Tensor:
-    """(n_systems,) index of the lowest score within each system."""
+def _best_per_system(score: Tensor, crystals: Crystals) -> Tensor:
+    """(n_systems,) index of the atom with the lowest score (n_atoms_total,) in each crystal."""
     order = torch.argsort(score)
-    order = order[torch.argsort(system_idx[order], stable=True)]
-    counts = torch.bincount(system_idx, minlength=n_systems)
-    return order[torch.cumsum(counts, 0) - counts]
+    order = order[torch.argsort(crystals.system_idx[order], stable=True)]
+    return order[torch.cumsum(crystals.n_atoms, 0) - crystals.n_atoms]
 
 
-Energy = Callable[[Crystals], Tensor]
-DELTAS = tuple(10.0**-exponent for exponent in range(1, 9))  # Å
-SEARCH_INTERVALS = 10  # per level of the jump search
+# The audit
 
-
-class ContinuityProfile(NamedTuple):
-    """Displacements along a path (Å), energies there, and |E(δ) − E(0)|; float64 arrays of equal length."""
-
-    delta: np.ndarray
-    energy: np.ndarray
-    change: np.ndarray
+DELTAS = torch.logspace(-1, -8, 8, dtype=torch.float64)  # Å
+MAX_ATOMS = 1024  # handled at a time (at least one crystal), which bounds the memory
+NOISE_STEP = 1e-5  # Å: 20 units in the last place of a float32 coordinate of 5 Å, too short for curvature to show
+MARGIN = 10.0  # times the rounding noise: what counts as a change
+VERDICTS = ("impossible", "below rounding", "invariant", "continuous", "changes", "jump", "infinite")  # best to worst
 
 
 def audit(
@@ -226,72 +205,62 @@ def audit(
     structures: Crystals | Iterable[Structure],
     seed: int = 0,
     *,
-    cutoff: float | Callable[[Crystals], Tensor] | None = None,
+    checks: Sequence[str] | None = None,
+    cutoff: Cutoff = None,
     n_neighbors: int = 12,
-    extensive: bool = False,
-    transformations: Sequence[str] | None = None,
-    probes: Sequence[str] | None = None,
-    deltas: Sequence[float] = DELTAS,
-    max_atoms: int = 1024,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Measure the invariance and the continuity of an energy on the given crystals.
 
     Args:
-        energy: a callable ``Crystals -> (n_systems,)`` or an ASE calculator. A torch module is copied, cast to float64
-            and put in evaluation mode; the energy of a calculator is divided by the number of atoms.
+        energy: a callable ``Crystals -> (n_systems,)``, energies per atom, or an ASE calculator, whose energy is
+            divided by the number of atoms. A torch module is copied, cast to float64 and put in evaluation mode.
         structures: a batch, or pymatgen structures; ``material_id`` is read from their properties.
         seed: of every random choice.
+        checks: names from :data:`TRANSFORMATIONS` and :data:`PROBES`, all by default.
         cutoff: radius (Å) at which the energy cuts its graph, or a function giving it, (n_systems,). By default what
             the energy declares (``cutoff_radius(crystals)``; ``rc`` or ``cutoff`` of a calculator), else
             3 (|det L| / N)^{1/3}.
         n_neighbors: the probe of neighbour order swaps neighbours number ``n_neighbors`` and ``n_neighbors + 1``.
-        extensive: whether a callable gives total energies, to be divided by the number of atoms.
-        transformations: names from :data:`TRANSFORMATIONS`, all by default.
-        probes: names from :data:`PROBES`, all by default.
-        deltas: step lengths, Å; the last one is the one whose change is called a jump.
-        max_atoms: atoms handled at a time (at least one crystal), which bounds the memory.
         progress: whether to draw a progress bar on stderr.
 
     Returns:
-        One row per transformation and probe: ``check``; ``kind`` (re-description, congruent or continuity);
-        ``max_change``, the largest |ΔE| (for probes, at the last δ: the jump); ``material_id`` and ``index`` of the
-        crystal that gave it; for probes ``lipschitz``, the largest |ΔE|/δ over all δ and crystals (1/Å), and
-        ``exponent``, the x in |ΔE| ∝ δˣ between the last two δ for that crystal (1 or more where the energy is
-        continuous, 0 at a jump); ``n_checked`` crystals. A non-finite energy counts as an infinite change.
-        ``attrs`` holds the seed and the standard deviation of the energy over the crystals, because an energy that is
-        constant passes any audit.
+        One row per check, about the crystal (``material_id``, ``index``) with the worst verdict and, among these, the
+        largest change: ``kind`` (re-description, congruent or continuity); ``verdict``; ``max_change``, its |ΔE| (for
+        probes over the shortest step, 10⁻⁸ Å or less); ``floor``, what rounding may do to it: ten times
+        :func:`rounding_noise`, for transformations two hundred times or more; for probes ``lipschitz``, its largest
+        |ΔE|/δ (1/Å) above the floor, and ``exponent``, the x in |ΔE| ∝ δˣ over the shortest two steps above the floor
+        (1 or more for a slope, 0 at a jump); ``n_checked`` crystals. Verdicts: ``invariant``, or ``changes`` above the
+        floor; ``continuous``, or ``jump`` if the exponent is below 1/2; ``below rounding`` where none can be measured;
+        ``infinite``; ``impossible``. ``attrs`` holds the seed and the standard deviation of the energy over the
+        crystals, because an energy that is constant passes any audit.
 
     Raises:
         ValueError: on an unknown name or an energy of the wrong shape.
     """
-    transformations = _known("transformations", transformations, TRANSFORMATIONS)
-    probes = _known("probes", probes, PROBES)
+    known = TRANSFORMATIONS | PROBES
+    checks = list(known) if checks is None else list(checks)
+    if unknown := [name for name in checks if name not in known]:
+        raise ValueError(f"checks holds {unknown[0]!r}, expected names among {sorted(known)}")
     crystals, names = _as_batch(structures)
-    function, cutoff = as_energy(energy, extensive), _cutoff_function(energy, cutoff)
-    generator = torch.Generator().manual_seed(seed)
+    function, rng = as_energy(energy), torch.Generator().manual_seed(seed)
     records, energies = [], []
-    bar = tqdm(total=crystals.n_systems * (len(transformations) + len(probes)), unit="check", disable=not progress)
-    with bar:
-        for systems in _chunks(crystals, max_atoms):
+    with tqdm(total=len(crystals) * len(checks), unit="check", disable=not progress) as bar:
+        for systems in pack(crystals.n_atoms.tolist(), MAX_ATOMS):
             chunk = crystals[systems]
-
-            def evaluate(batch: Crystals) -> Tensor:
-                return evaluate_in_chunks(function, batch, max_atoms)
-
-            reference = evaluate(chunk)
-            energies.append(reference)
-            for name in transformations:
-                transform, kind = TRANSFORMATIONS[name]
-                change = _finite_change(evaluate(transform(chunk, generator)), reference)
-                records.append(_record(name, kind, systems, change[None], None))
-                bar.update(len(systems))
-            for name in probes:
-                path = PROBES[name](chunk, cutoff, n_neighbors, generator)
-                change = _changes(evaluate, path, deltas)
-                records.append(_record(name, "continuity", systems, change, deltas))
-                bar.update(len(systems))
-    table = _worst(pd.concat(records, ignore_index=True), names)
+            larger, index = enlarge(chunk), np.arange(len(crystals))[systems]
+            energies.append(function(chunk))
+            floor = MARGIN * rounding_noise(function, chunk, rng)
+            for name in checks:
+                if name in PROBES:
+                    path = PROBES[name](larger, _cutoff(energy, cutoff, larger), n_neighbors, rng)
+                    record = _continuity(function, path, floor, rng).assign(kind="continuity")
+                else:
+                    transform, kind = TRANSFORMATIONS[name]
+                    record = _invariance(function, chunk, transform(chunk, rng), floor).assign(kind=kind)
+                records.append(record.assign(check=name, index=index, material_id=[names[i] for i in index]))
+                bar.update(len(index))
+    table = _worst(pd.concat(records, ignore_index=True))
     table.attrs = {"seed": seed, "energy_std": float(torch.cat(energies).std(correction=0))}
     return table
 
@@ -303,234 +272,216 @@ def continuity_profile(
     probe: str = "atom crosses the cutoff",
     seed: int = 0,
     *,
-    cutoff: float | Callable[[Crystals], Tensor] | None = None,
+    cutoff: Cutoff = None,
     n_neighbors: int = 12,
-    extensive: bool = False,
-) -> ContinuityProfile:
-    """The energy along one path: arrays for a plot of E(δ), or of |E(δ) − E(0)| on logarithmic axes.
+) -> pd.DataFrame:
+    """The energy of one crystal along one path: columns ``delta`` (Å), ``energy`` and ``change``, |E(δ) − E(0)|.
 
-    Args:
-        deltas: displacements from the probed event, Å, of either sign.
-        probe: a name from :data:`PROBES`.
-
-    Other arguments are those of :func:`audit`, for a single crystal.
+    ``deltas`` are displacements from the event, Å, of either sign; the other arguments are those of :func:`audit`.
     """
-    (probe,) = _known("probe", [probe], PROBES)
-    crystals, _ = _as_batch(crystal if isinstance(crystal, Crystals) else [crystal])
-    if crystals.n_systems != 1:
-        raise ValueError(f"crystal holds {crystals.n_systems} crystals, expected one")
-    function = as_energy(energy, extensive)
-    generator = torch.Generator().manual_seed(seed)
-    path = PROBES[probe](crystals, _cutoff_function(energy, cutoff), n_neighbors, generator)
-    if not path.possible.all():
-        raise ValueError(f"probe {probe!r} cannot be applied to this crystal, choose another crystal or probe")
-    values = evaluate_in_chunks(function, Crystals.cat([path.at(delta) for delta in (0.0, *deltas)])).numpy()
-    return ContinuityProfile(np.asarray(deltas, dtype=float), values[1:], np.abs(values[1:] - values[0]))
+    if probe not in PROBES:
+        raise ValueError(f"probe is {probe!r}, expected one of {sorted(PROBES)}")
+    crystals, rng = enlarge(_as_batch(crystal)[0]), torch.Generator().manual_seed(seed)
+    if len(crystals) != 1:
+        raise ValueError(f"crystal holds {len(crystals)} crystals, expected one")
+    path = PROBES[probe](crystals, _cutoff(energy, cutoff, crystals), n_neighbors, rng)
+    if path.possible is not None and not path.possible.all():
+        raise ValueError(f"probe {probe!r} is impossible for this crystal, expected another crystal or probe")
+    displacements = torch.tensor([0.0, *deltas], dtype=torch.float64)[:, None]
+    values = path.energies(as_energy(energy), displacements)[:, 0].numpy()
+    return pd.DataFrame({"delta": deltas, "energy": values[1:], "change": np.abs(values[1:] - values[0])})
 
 
-def as_energy(energy: Energy | Calculator, extensive: bool = False) -> Energy:
-    """A float64 function ``Crystals -> (n_systems,)`` from a module, a callable or an ASE calculator.
+def as_energy(energy: Energy | Calculator) -> Energy:
+    """A function ``Crystals -> (n_systems,)``, float64, in bounded memory, from a module, callable or ASE calculator.
 
     Raises:
-        ValueError: when called, if the energy has not one number per crystal.
+        ValueError: if it is none of these; when called, if the energy has not one number per crystal.
     """
-    if _is_calculator(energy):
-        energy, extensive = _calculator_energy(energy), True
-    elif isinstance(energy, nn.Module):
-        energy = copy.deepcopy(energy).double().eval()
+    if isinstance(energy, nn.Module):
+        energy = copy.deepcopy(energy).double().eval().requires_grad_(False)
+    elif hasattr(energy, "get_potential_energy"):
+        energy = _calculator_energy(energy)
+    elif not callable(energy):
+        raise ValueError(f"energy is {energy!r}, expected a function of Crystals or an ASE calculator")
 
-    @torch.no_grad()
+    @torch.enable_grad()  # a calculator may find its forces by differentiation
     def function(crystals: Crystals) -> Tensor:
-        values = torch.as_tensor(energy(crystals)).detach().cpu().double()
-        if tuple(values.shape) != (crystals.n_systems,):
-            raise ValueError(f"energy returned shape {tuple(values.shape)}, expected ({crystals.n_systems},)")
-        return values / crystals.n_atoms if extensive else values
+        parts = []
+        for chunk in (crystals[systems] for systems in pack(crystals.n_atoms.tolist(), MAX_ATOMS)):
+            values = torch.as_tensor(energy(chunk)).detach().cpu().double()
+            if tuple(values.shape) != (len(chunk),):
+                raise ValueError(f"energy returned shape {tuple(values.shape)}, expected ({len(chunk)},)")
+            parts.append(values)
+        return torch.cat(parts)
 
     return function
 
 
-def evaluate_in_chunks(function: Energy, crystals: Crystals, max_atoms: int = 1024) -> Tensor:
-    """(n_systems,) energies, computed for at most ``max_atoms`` atoms (but at least one crystal) at a time."""
-    return torch.cat([function(crystals[systems]) for systems in _chunks(crystals, max_atoms)])
+def rounding_noise(function: Energy, crystals: Crystals, rng: torch.Generator) -> Tensor:
+    """(n_systems,) standard deviation of the rounding error of an energy, at least one unit in its last place.
+
+    From fourth differences of the energy at twelve points 10⁻⁵ Å apart on a line of random direction: in them slope and
+    curvature cancel, and independent errors of size σ leave √70 σ (Hamming's difference table; see Moré & Wild, SIAM J.
+    Sci. Comput. 33, 1292 (2011)). The smaller of two lines, since one may cross a jump. A jump at its start is not
+    crossed, because the first point is left out.
+    """
+    steps = NOISE_STEP * torch.arange(1.0, 13.0, dtype=torch.float64)[:, None]
+    lines = [Path(crystals, crystals.random_cells(rng), crystals.random_atoms(rng)) for _ in range(2)]
+    energies = torch.stack([line.energies(function, steps) for line in lines])
+    noise = (energies.diff(n=4, dim=1).square().mean(dim=1) / 70).sqrt().amin(dim=0)
+    is_single = (energies.float() == energies).flatten(0, 1).all(dim=0)  # every value is a float32 number
+    last_place = energies.abs().amax(dim=(0, 1)) * torch.where(is_single, 2.0**-23, 2.0**-52)
+    return torch.maximum(noise, last_place).nan_to_num(nan=0.0, posinf=0.0)
 
 
-def _chunks(crystals: Crystals, max_atoms: int) -> Iterator[list[int]]:
-    chunk, size = [], 0
-    for system, n_atoms in enumerate(crystals.n_atoms.tolist()):
-        if chunk and size + n_atoms > max_atoms:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(system)
-        size += n_atoms
-    yield chunk
+def _invariance(function: Energy, crystals: Crystals, transformed: Crystals, floor: Tensor) -> pd.DataFrame:
+    change = _size(function(transformed) - function(crystals))
+    # on the way coordinates are rounded several times, and all of a crystal alike
+    floor = 20 * floor * (_amplification(transformed) / _amplification(crystals)).clamp(min=1)
+    verdict = np.where(change > floor, np.where(change == torch.inf, "infinite", "changes"), "invariant")
+    return pd.DataFrame({"max_change": change, "floor": floor, "verdict": verdict})
 
 
-def _changes(evaluate: Energy, path: Path, deltas: Sequence[float]) -> Tensor:
-    """(n_deltas, n_systems) largest change over a step of each length; NaN where the probe is impossible."""
-    found = _search(evaluate, path, deltas) if path.search else _around_zero(evaluate, path, deltas)
-    found[:, ~path.possible] = torch.nan
-    return found
+def _amplification(crystals: Crystals) -> Tensor:
+    """(n_systems,) how the rounding of a description grows: largest coordinate, times images needed per distance."""
+    atoms = crystals.positions.abs().amax(dim=1)
+    largest = crystals.cell.abs().amax(dim=(1, 2)).scatter_reduce(0, crystals.system_idx, atoms, "amax")
+    return largest * torch.linalg.inv(crystals.cell).abs().amax(dim=(1, 2))
 
 
-def _around_zero(evaluate: Energy, path: Path, deltas: Sequence[float]) -> Tensor:
-    """The larger of |E(δ) − E(0)| and |E(0) − E(−δ)|."""
-    middle = evaluate(path.at(0.0))
-    sides = [[_finite_change(evaluate(path.at(sign * delta)), middle) for sign in (1, -1)] for delta in deltas]
-    return torch.stack([torch.maximum(*pair) for pair in sides])
+def _continuity(function: Energy, path: Path, floor: Tensor, rng: torch.Generator) -> pd.DataFrame:
+    place, width, change = _around_zero(function, path) if path.grid is None else _search(function, path, floor)
+    floor = torch.maximum(floor, MARGIN * rounding_noise(function, path.at(place), rng))
+    visible = change > floor
+    last = ((visible[1:] & visible[:-1]) * torch.arange(1, len(change))[:, None]).amax(dim=0)  # with the one before it
+    system, before = torch.arange(len(floor)), (last - 1).clamp(min=0)
+    exponent = torch.log(change[before, system] / change[last, system])
+    exponent = exponent / torch.log(width[before, system] / width[last, system])
+    exponent = torch.where((last > 0) & exponent.isfinite(), exponent, torch.nan)
+    verdict = np.where(exponent < 0.5, "jump", np.where(exponent >= 0.5, "continuous", "below rounding"))
+    verdict = np.where((change == torch.inf).any(dim=0), "infinite", verdict)
+    lipschitz = torch.where(visible, change / width, 0).amax(dim=0)
+    table = pd.DataFrame({"max_change": change[-1], "floor": floor, "lipschitz": lipschitz, "exponent": exponent})
+    possible = np.full(len(floor), True) if path.possible is None else path.possible.numpy()
+    table[~possible] = np.nan
+    return table.assign(verdict=np.where(possible, verdict, "impossible"))
 
 
-def _search(evaluate: Energy, path: Path, deltas: Sequence[float]) -> Tensor:
-    """Descend to the steepest of ten intervals again and again: finds a jump whose place is not known."""
-    start = torch.full((len(path.possible),), -SEARCH_INTERVALS * deltas[0] / 2, dtype=torch.float64)
-    found = []
-    for delta, following in zip(deltas, [*deltas[1:], deltas[-1]]):
-        grid = [evaluate(path.at(start + step * delta)) for step in range(SEARCH_INTERVALS + 1)]
-        change = torch.stack([_finite_change(after, before) for before, after in itertools.pairwise(grid)])
-        largest, steepest = change.max(dim=0)
-        found.append(largest)
-        start = start + (steepest + 0.5) * delta - SEARCH_INTERVALS * following / 2
-    return torch.stack(found)
+def _around_zero(function: Energy, path: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """The place 0; (n_deltas, n_systems) steps δ, and the larger of |E(δ) − E(0)| and |E(0) − E(−δ)|."""
+    energies = path.energies(function, torch.cat([torch.zeros(1), DELTAS, -DELTAS])[:, None])
+    outside, inside = _size(energies[1:] - energies[0]).split(len(DELTAS))
+    return torch.zeros_like(energies[0]), DELTAS[:, None].expand_as(outside), torch.maximum(outside, inside)
 
 
-def _finite_change(energy: Tensor, reference: Tensor) -> Tensor:
-    return (energy - reference).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
+def _search(function: Energy, path: Path, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Zoom into the step whose slope stands out most from those beside it, again and again: place, widths, |ΔE|.
+
+    A jump that is small against the bending of the energy over one step of ``path.grid`` can be missed.
+    """
+    grid, system = path.grid, torch.arange(len(floor))
+    widths, changes = [], []
+    for _ in DELTAS:
+        step, width = path.energies(function, grid).diff(dim=0), grid.diff(dim=0)
+        slope = step / width
+        expected = torch.cat([slope[:1], slope.unfold(0, 3, 1).median(dim=2)[0], slope[-1:]])
+        unusual = (_size(step - expected * width) - floor).clamp(min=0)
+        chosen = ((unusual + 1e-6 * _size(step)) / width).argmax(dim=0)  # the steepest where none stands out
+        widths.append(width[chosen, system])
+        changes.append(_size(step[chosen, system]))
+        shortest = (widths[0] / 1e3).clamp(max=DELTAS[-1])
+        following = widths[-1] * (shortest / widths[0]).pow(1 / (len(DELTAS) - 1)).clamp(min=0.1)
+        middle = grid[chosen, system] + widths[-1] / 2
+        grid = middle + following * torch.arange(-6, 7)[:, None]
+    return middle, torch.stack(widths), torch.stack(changes)
 
 
-def _record(check: str, kind: str, systems: list[int], change: Tensor, deltas: Sequence[float] | None) -> pd.DataFrame:
-    columns = {"check": check, "kind": kind, "index": systems, "max_change": change[-1].numpy()}
-    columns |= {"lipschitz": np.nan, "exponent": np.nan}
-    if deltas is not None:
-        delta = torch.tensor(deltas, dtype=torch.float64)
-        columns["lipschitz"] = (change / delta[:, None]).amax(dim=0).numpy()
-        if len(delta) > 1:
-            columns["exponent"] = (torch.log(change[-2] / change[-1]) / torch.log(delta[-2] / delta[-1])).numpy()
-    return pd.DataFrame(columns)
+def _size(change: Tensor) -> Tensor:
+    """|ΔE|; infinite where an energy is not finite."""
+    return change.abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
-def _worst(records: pd.DataFrame, names: list[str]) -> pd.DataFrame:
-    """The row of the largest change per check, in order of appearance."""
-    rows = []
-    for (check, kind), group in records.groupby(["check", "kind"], sort=False):
-        possible = group.dropna(subset="max_change")
-        row = {"check": check, "kind": kind, "n_checked": len(possible), "lipschitz": group["lipschitz"].max()}
-        if len(possible):
-            worst = possible.loc[possible["max_change"].idxmax()]
-            row |= {name: worst[name] for name in ("max_change", "exponent", "index")}
-            row["material_id"] = names[worst["index"]]
-        rows.append(row)
-    columns = ["check", "kind", "max_change", "lipschitz", "exponent", "material_id", "index", "n_checked"]
-    return pd.DataFrame(rows).reindex(columns=columns)
+def _worst(records: pd.DataFrame) -> pd.DataFrame:
+    """The row with the worst verdict, then the largest change, of each check in order of appearance."""
+    records["severity"] = records["verdict"].map(VERDICTS.index)
+    records["n_checked"] = (records["verdict"] != "impossible").groupby(records["check"]).transform("sum")
+    rows = records.sort_values(["severity", "max_change"], na_position="first").groupby("check", sort=False).tail(1)
+    rows = rows.set_index("check").loc[records["check"].unique()].reset_index()
+    measured = ["max_change", "floor", "lipschitz", "exponent"]
+    return rows.reindex(columns=["check", "kind", "verdict", *measured, "material_id", "index", "n_checked"])
 
 
-def _as_batch(structures: Crystals | Iterable[Structure]) -> tuple[Crystals, list[str]]:
+def _as_batch(structures: Crystals | Structure | Iterable[Structure]) -> tuple[Crystals, list[str]]:
     if isinstance(structures, Crystals):
-        return structures.to(torch.float64).to("cpu"), [str(index) for index in range(structures.n_systems)]
-    structures = list(structures)
+        return structures.to(torch.float64).to("cpu"), [str(index) for index in range(len(structures))]
+    structures = [structures] if hasattr(structures, "lattice") else list(structures)
     names = [str((s.properties or {}).get("material_id", index)) for index, s in enumerate(structures)]
     return Crystals.from_structures(structures, dtype=torch.float64), names
 
 
-def _is_calculator(energy: object) -> bool:
-    return not isinstance(energy, nn.Module) and hasattr(energy, "get_potential_energy")
-
-
 def _calculator_energy(calculator: Calculator) -> Energy:
-    """Total energies, one crystal after the other."""
+    """Energies per atom, one crystal after the other."""
     from ase import Atoms
 
-    def total(crystals: Crystals) -> Tensor:
+    def per_atom(crystals: Crystals) -> Tensor:
         positions = torch.split(crystals.positions, crystals.n_atoms.tolist())
         units = zip(crystals.species, positions, crystals.cell)
         atoms = [Atoms(numbers, xyz.numpy(), cell=cell.numpy(), pbc=True) for numbers, xyz, cell in units]
         with np.errstate(all="ignore"):  # overlapping atoms: the infinity is reported
-            return torch.tensor([float(calculator.get_potential_energy(unit)) for unit in atoms], dtype=torch.float64)
+            energies = [float(calculator.get_potential_energy(unit)) / len(unit) for unit in atoms]
+        return torch.tensor(energies, dtype=torch.float64)
 
-    return total
+    return per_atom
 
 
-def _cutoff_function(
-    energy: Energy | Calculator, cutoff: float | Callable[[Crystals], Tensor] | None
-) -> Callable[[Crystals], Tensor]:
-    if cutoff is None and _is_calculator(energy):
+def _cutoff(energy: Energy | Calculator, cutoff: Cutoff, crystals: Crystals) -> Tensor:
+    if cutoff is None and hasattr(energy, "get_potential_energy"):
         cutoff = energy.parameters.get("rc") or energy.parameters.get("cutoff")
     if cutoff is None:
         cutoff = getattr(energy, "cutoff_radius", cutoff_radius)
-    if callable(cutoff):
-        return cutoff
-    return lambda crystals: torch.full_like(crystals.volume, float(cutoff))
+    return cutoff(crystals) if callable(cutoff) else torch.full_like(crystals.volume, float(cutoff))
 
 
-def _known(argument: str, names: Sequence[str] | None, registry: dict) -> list[str]:
-    names = list(registry) if names is None else list(names)
-    for name in names:
-        if name not in registry:
-            raise ValueError(f"{argument} holds {name!r}, expected names among {sorted(registry)}")
-    return names
+# One atom moved
 
-
-# Columns that tell how stable a crystal is (lower is more stable), and the largest value called stable, eV per atom.
-STABILITY = {"e_above_hull": 0.0, "energy_above_hull": 0.0, "heat_all": 0.2}
 N_SHELLS = 5
 TOLERATED_SHARE = 0.01
-logger = logging.getLogger(__name__)
 
 
-def displaced(crystal: Crystals, atom: int, displacements: Tensor) -> Crystals:
-    """Copies of a crystal, each with one atom moved (all of its periodic images move along).
-
-    Args:
-        crystal: a batch of one.
-        atom: index of the atom that moves.
-        displacements: (n, 3), Å.
-
-    Raises:
-        ValueError: if the batch holds more than one crystal or the atom does not exist.
-    """
-    n_atoms = len(crystal.positions)
-    if crystal.n_systems != 1:
-        raise ValueError(f"crystal is a batch of {crystal.n_systems}, expected one crystal")
-    if not 0 <= atom < n_atoms:
-        raise ValueError(f"atom is {atom}, expected 0 … {n_atoms - 1}")
-    copies = crystal[[0] * len(displacements)]
-    moved = copies.positions.clone()
-    moved[atom::n_atoms] += displacements.to(moved)
-    return copies.replace(positions=moved)
-
-
-@torch.no_grad()
 def displacement_scan(
-    energy: Callable[[Crystals], Tensor],
-    crystal: Crystals,
-    atom: int,
-    n_draws: int = 1000,
-    sigma: float = 0.05,
-    seed: int = 0,
+    energy: Energy, crystal: Crystals, atom: int, rng: torch.Generator, n_draws: int = 1000, sigma: float = 0.05
 ) -> pd.DataFrame:
-    """Energies of a crystal with one atom displaced by isotropic Gaussian noise (paper, Figure 2).
+    """Energies of a crystal with one atom, and its periodic images, displaced by Gaussian noise (paper, Figure 2).
 
     Args:
-        energy: maps a batch to (n_systems,) energies, dimensionless.
-        crystal: a batch of one.
+        energy: maps a batch to (n_systems,) energies.
+        crystal: a batch of one, of at least two atoms: a lone atom can only be translated.
         atom: index of the atom that moves.
+        rng: of the draws.
         n_draws: number of displacements.
         sigma: standard deviation of each Cartesian component, Å; the paper uses 0.05.
-        seed: of the draws.
 
     Returns:
         Columns ``displacement`` (its length, Å) and ``energy``; the first row is the undisturbed crystal.
 
     Raises:
-        ValueError: on a crystal of one atom, a count or a width that is not positive, or as :func:`displaced`.
+        ValueError: on more than one crystal, a crystal of one atom, an atom that does not exist, or a size ≤ 0.
     """
-    if len(crystal.positions) < 2:
-        raise ValueError("crystal has 1 atom, expected at least 2: a lone atom can only be translated")
+    n_atoms = len(crystal.positions)
+    if crystal.n_systems != 1 or n_atoms < 2:
+        raise ValueError(f"crystal is {crystal.n_systems} crystals of {n_atoms} atoms, expected 1 of at least 2")
+    if not 0 <= atom < n_atoms:
+        raise ValueError(f"atom is {atom}, expected 0 … {n_atoms - 1}")
     if n_draws < 1 or not sigma > 0:
         raise ValueError(f"n_draws is {n_draws} and sigma is {sigma}, expected both > 0")
-    generator = torch.Generator().manual_seed(seed)
-    draws = sigma * torch.randn(n_draws, 3, generator=generator, dtype=torch.float64)
+    draws = sigma * torch.randn(n_draws, 3, generator=rng, dtype=torch.float64)
     draws = torch.cat([torch.zeros(1, 3, dtype=draws.dtype), draws])
-    energies = evaluate_in_chunks(energy, displaced(crystal, atom, draws))
-    return pd.DataFrame({"displacement": draws.norm(dim=1).numpy(), "energy": energies.double().numpy()})
+    copies = crystal.to(torch.float64)[[0] * len(draws)]
+    moved = copies.positions.clone()
+    moved[atom::n_atoms] += draws
+    energies = as_energy(energy)(copies.replace(positions=moved))
+    return pd.DataFrame({"displacement": draws.norm(dim=1), "energy": energies})
 
 
 def describe_response(scan: pd.DataFrame) -> dict[str, float | str]:
@@ -541,9 +492,6 @@ def describe_response(scan: pd.DataFrame) -> dict[str, float | str]:
     and at most 1 % of the draws lie below the undisturbed crystal. It ``only falls`` if the same holds for its
     negative; everything else ``rises and falls``.
 
-    Args:
-        scan: from :func:`displacement_scan`.
-
     Returns:
         ``share_above``: share of the draws above the undisturbed crystal; ``range``: largest minus smallest energy;
         ``behaviour``.
@@ -551,114 +499,13 @@ def describe_response(scan: pd.DataFrame) -> dict[str, float | str]:
     Raises:
         ValueError: with fewer draws than shells.
     """
-    start = float(scan["energy"].iloc[0])
     draws = scan.iloc[1:].sort_values("displacement")
     if len(draws) < N_SHELLS:
         raise ValueError(f"scan has {len(draws)} draws, expected at least {N_SHELLS}")
-    change = draws["energy"].to_numpy() - start
-    means = np.array([0.0, *(shell.mean() for shell in np.array_split(change, N_SHELLS))])
-    above = float((change > 0).mean())
+    change = draws["energy"].to_numpy() - float(scan["energy"].iloc[0])
+    growth = np.diff([0.0, *(shell.mean() for shell in np.array_split(change, N_SHELLS))])
     behaviour = "rises and falls"
-    if (np.diff(means) > 0).all() and above >= 1 - TOLERATED_SHARE:
-        behaviour = "only rises"
-    if (np.diff(means) < 0).all() and (change < 0).mean() >= 1 - TOLERATED_SHARE:
-        behaviour = "only falls"
-    return {"share_above": above, "range": float(scan["energy"].max() - scan["energy"].min()), "behaviour": behaviour}
-
-
-def stable_crystals(split: Split, n_structures: int | None = None, seed: int = 0) -> Split:
-    """A random choice of stable crystals with at least two atoms (a lone atom can only be translated).
-
-    Stable is what the data set says in a column of :data:`STABILITY`: an energy above the hull of 0, or for Perov-5 a
-    formation energy of at most 0.2 eV per atom, the bound of Castelli et al. (2012). Without such a column all crystals
-    are taken to be stable.
-
-    Raises:
-        ValueError: if none is left.
-    """
-    passed = split.n_atoms >= 2
-    for name, largest in STABILITY.items():
-        if name in split.columns:
-            passed &= np.asarray(split.columns[name], dtype=float) <= largest
-    rows = np.flatnonzero(passed)
-    if not len(rows):
-        raise ValueError(
-            f"split {split.name}/{split.split} has no stable crystal with two atoms, expected at least one"
-        )
-    return split.select(choose(rows, n_structures, seed))
-
-
-def response_table(
-    energy: Callable[[Crystals], Tensor],
-    crystals: Crystals,
-    names: Sequence[str],
-    n_draws: int = 1000,
-    sigma: float = 0.05,
-    seed: int = 0,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Scan one random atom of each crystal.
-
-    Args:
-        energy, n_draws, sigma: as in :func:`displacement_scan`.
-        crystals: the batch.
-        names: (n_systems,) label of each crystal; the symbol of the moved atom is appended.
-        seed: chooses the atoms and the displacements.
-
-    Returns:
-        All scans (columns ``material``, ``displacement``, ``energy``) and their description, one row a crystal.
-    """
-    from pymatgen.core import Element
-
-    generator = torch.Generator().manual_seed(seed)
-    scans, rows = [], []
-    for system, name in enumerate(names):
-        crystal = crystals[system]
-        atom = int(torch.randint(len(crystal.positions), (), generator=generator))
-        material = f"{name}, {Element.from_Z(int(crystal.atomic_numbers[atom])).symbol} moved"
-        scan = displacement_scan(energy, crystal, atom, n_draws, sigma, seed + system)
-        scans.append(scan.assign(material=material))
-        rows.append({"material": material} | describe_response(scan))
-    return pd.concat(scans, ignore_index=True), pd.DataFrame(rows)
-
-
-@torch.no_grad()
-def share_below_disturbed(
-    energy: Callable[[Crystals], Tensor],
-    crystals: Crystals,
-    sigmas: Sequence[float],
-    strain_noise: float = 0.1,
-    seed: int = 0,
-) -> pd.Series:
-    """How often a crystal lies lower than a disturbed copy of itself.
-
-    Args:
-        energy: maps a batch to (n_systems,) energies.
-        crystals: the batch.
-        sigmas: sizes of the disturbance, Å: atoms are moved by Gaussian noise of that width.
-        strain_noise: the cell is strained by noise of width ``strain_noise`` · sigma, Å⁻¹.
-        seed: of the noise, the same for every size.
-
-    Returns:
-        Share of the crystals, indexed by sigma.
-    """
-    real, shares = evaluate_in_chunks(energy, crystals), {}
-    for sigma in sigmas:
-        rng = torch.Generator().manual_seed(seed)
-        width = torch.full_like(crystals.cell[:, 0, 0], sigma)
-        disturbed = evaluate_in_chunks(energy, add_noise(crystals, width, strain_noise, rng).crystals)
-        shares[sigma] = float((real < disturbed).double().mean())
-    return pd.Series(shares, name="share").rename_axis("sigma")
-
-
-def available_datasets() -> list[str]:
-    """Data sets that have a bundled checkpoint and a test split that can be loaded here."""
-    found = []
-    for name in DATASETS:
-        if (CHECKPOINTS / f"{name}.safetensors").is_file():
-            try:
-                load_split(name, "test")
-            except (ConnectionError, ValueError) as error:
-                logger.warning("%s is left out: %s", name, error)
-            else:
-                found.append(name)
-    return found
+    for sign, name in ((1, "only rises"), (-1, "only falls")):
+        if (sign * growth > 0).all() and (sign * change > 0).mean() >= 1 - TOLERATED_SHARE:
+            behaviour = name
+    return {"share_above": float((change > 0).mean()), "range": float(np.ptp(scan["energy"])), "behaviour": behaviour}

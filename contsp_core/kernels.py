@@ -1,13 +1,15 @@
-"""The fused CPU kernel (numba) behind the energy: message passing.
+"""Nobody needs to read this: the sums of the energy once more, compiled (numba) to run fast on a CPU.
 
-A message of the continuous convolution depends on an edge only through its length, so the filter
-c(d) = W₃ φ(d) + b₃ is tabulated once per evaluation and interpolated (cubic Hermite, C¹). A kernel then gathers,
-computes and accumulates edge by edge, in cache, and its backward recomputes instead of storing: no array of size
-n_edges × width ever exists. Differentiable once; where second derivatives are needed, use the plain torch path.
+A message depends on an edge only through its length, so the filter c(d) is tabulated once per evaluation and
+interpolated (cubic Hermite, C¹). A kernel then gathers, computes and accumulates edge by edge, in cache, and its
+backward recomputes instead of storing: no array of size n_edges × width ever exists. Differentiable once; where second
+derivatives are needed, use the plain torch path.
 """
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,14 +17,13 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from contsp_core.crystals import Crystals
-from contsp_core.graph import Graph
+from contsp_core.graph import Graph, search_range
 
 FAST = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy", "nogil": True, "cache": True}
 
@@ -36,52 +37,33 @@ class EdgeList:
 
 
 @njit(nogil=True, cache=True)  # no contraction: counting and storing must take the same decisions
-def _search_system(cell, frac, positions, reach, cutoff, first, last, source, target, image, edge, store):
-    """Count (and store from index ``edge`` on) the edges of one system; returns the index after the last edge."""
-    square = cutoff * cutoff
-    for i in range(first, last):
-        for j in range(i, last):
-            o0 = -np.rint(frac[j, 0] - frac[i, 0])
-            o1 = -np.rint(frac[j, 1] - frac[i, 1])
-            o2 = -np.rint(frac[j, 2] - frac[i, 2])
-            for m0 in range(-reach[0], reach[0] + 1):
-                k0 = o0 + m0
-                x0 = positions[j, 0] - positions[i, 0] + k0 * cell[0, 0]
-                y0 = positions[j, 1] - positions[i, 1] + k0 * cell[0, 1]
-                z0 = positions[j, 2] - positions[i, 2] + k0 * cell[0, 2]
-                if i == j and k0 < 0:
-                    continue
-                for m1 in range(-reach[1], reach[1] + 1):
-                    k1 = o1 + m1
-                    x1 = x0 + k1 * cell[1, 0]
-                    y1 = y0 + k1 * cell[1, 1]
-                    z1 = z0 + k1 * cell[1, 2]
-                    if i == j and k0 == 0 and k1 < 0:
-                        continue
-                    for m2 in range(-reach[2], reach[2] + 1):
-                        k2 = o2 + m2
-                        x = x1 + k2 * cell[2, 0]
-                        y = y1 + k2 * cell[2, 1]
-                        z = z1 + k2 * cell[2, 2]
-                        if x * x + y * y + z * z > square or (i == j and k0 == 0 and k1 == 0 and k2 <= 0):
-                            continue
-                        if store:
-                            source[edge] = i
-                            target[edge] = j
-                            image[edge, 0] = k0
-                            image[edge, 1] = k1
-                            image[edge, 2] = k2
-                        edge += 1
-    return edge
-
-
-@njit(nogil=True, cache=True)
 def _search(first, last, cell, frac, positions, reach, cutoff, first_atom, source, target, image, first_edge, store):
+    """Count the edges of systems first … last − 1, or store those of each from index ``first_edge[system]`` on."""
     for system in range(first, last):
-        edge = _search_system(
-            cell[system], frac, positions, reach[system], cutoff[system], first_atom[system], first_atom[system + 1],
-            source, target, image, first_edge[system] if store else 0, store,
-        )  # fmt: skip
+        L, n, square, end = cell[system], reach[system], cutoff[system] ** 2, first_atom[system + 1]
+        edge = first_edge[system] if store else 0
+        for i in range(first_atom[system], end):
+            for j in range(i, end):
+                o0 = -np.rint(frac[j, 0] - frac[i, 0])
+                o1 = -np.rint(frac[j, 1] - frac[i, 1])
+                o2 = -np.rint(frac[j, 2] - frac[i, 2])
+                for m0 in range(0 if i == j else -n[0], n[0] + 1):  # of two opposite images of an atom, one
+                    k0 = o0 + m0
+                    x0 = positions[j, 0] - positions[i, 0] + k0 * L[0, 0]
+                    y0 = positions[j, 1] - positions[i, 1] + k0 * L[0, 1]
+                    z0 = positions[j, 2] - positions[i, 2] + k0 * L[0, 2]
+                    for m1 in range(-n[1], n[1] + 1):
+                        k1 = o1 + m1
+                        x1, y1, z1 = x0 + k1 * L[1, 0], y0 + k1 * L[1, 1], z0 + k1 * L[1, 2]
+                        for m2 in range(-n[2], n[2] + 1):
+                            k2 = o2 + m2
+                            x, y, z = x1 + k2 * L[2, 0], y1 + k2 * L[2, 1], z1 + k2 * L[2, 2]
+                            if x * x + y * y + z * z > square or (i == j and (k0, k1, k2) <= (0, 0, 0)):
+                                continue
+                            if store:
+                                source[edge], target[edge] = i, j
+                                image[edge, 0], image[edge, 1], image[edge, 2] = k0, k1, k2
+                            edge += 1
         if not store:
             first_edge[system + 1] = edge
 
@@ -118,32 +100,39 @@ def _lengths_backward(
 
 
 @lru_cache
-def _pool(n_threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(n_threads, thread_name_prefix="contsp")
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="contsp")
+
+
+def _after_fork() -> None:
+    """A forked child inherits this pool and torch's, but not their threads: it would wait for ever."""
+    _pool.cache_clear()
+    torch.set_num_threads(1)
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def run_parts(kernel: Callable, bounds: np.ndarray, arguments: Callable[[int], tuple]) -> None:
-    """Run ``kernel(bounds[p], bounds[p + 1], *arguments(p))`` for every part p, in torch's number of threads."""
+    """Run ``kernel(bounds[p], bounds[p + 1], *arguments(p))`` for every part p, each in a thread."""
     n_parts = len(bounds) - 1
     if n_parts == 1:
         kernel(bounds[0], bounds[1], *arguments(0))
         return
-    jobs = [_pool(n_parts).submit(kernel, bounds[p], bounds[p + 1], *arguments(p)) for p in range(n_parts)]
+    jobs = [_pool().submit(kernel, bounds[p], bounds[p + 1], *arguments(p)) for p in range(n_parts)]
     for job in jobs:
         job.result()
 
 
 def build_edges(crystals: Crystals, cutoff: Tensor) -> EdgeList:
-    """The graph of :func:`contsp_core.graph.build_graph`, found by a compiled search.
+    """The graph of :func:`contsp_core.graph.build_graph`, with its errors, found by a compiled search.
 
     Args:
         crystals: the batch, on the CPU.
         cutoff: (n_systems,) radius R, Å.
     """
     cell, positions, radius = (tensor.detach() for tensor in (crystals.cell, crystals.positions, cutoff))
-    inverse = torch.linalg.inv(cell)
-    frac = torch.einsum("ni,nij->nj", positions, inverse[crystals.system_idx]).numpy()
-    reach = (radius[:, None] * inverse.norm(dim=1) + 0.5).floor().int().numpy()
+    frac, reach = (tensor.numpy() for tensor in search_range(crystals, cutoff))
     n_systems = crystals.n_systems
     first_atom = np.searchsorted(crystals.system_idx.numpy(), np.arange(n_systems + 1))
     first_edge = np.zeros(n_systems + 1, np.int64)
@@ -184,70 +173,54 @@ def edge_lengths(crystals: Crystals, edges: EdgeList) -> Tensor:
     return _EdgeLengths.apply(crystals.cell, crystals.positions, crystals.system_idx, edges)
 
 
-@intrinsic
-def _bits_to_float(typingctx, bits):
-    """Reinterpret an int32 as the float32 of the same bits."""
-
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.int32), codegen
-
-
-@njit(inline="always")
-def _sigmoid32(x):
-    """1 / (1 + e^{−x}) in float32, vectorisable: e^y = 2^n e^r, |r| ≤ ln(2) / 2, minimax polynomial in r (to 1e-7)."""
-    y = min(max(-x, np.float32(-80)), np.float32(80))
-    n = np.rint(y * np.float32(1.4426950408889634))
-    r = y - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-    p = np.float32(0.00829765479)
-    p = p * r + np.float32(0.041915382)
-    p = p * r + np.float32(0.166675747)
-    p = p * r + np.float32(0.499988949)
-    p = p * r + np.float32(0.999999692)
-    p = p * r + np.float32(1)
-    power = _bits_to_float(np.int32((np.int32(n) + 127) << 23))
-    return np.float32(1) / (np.float32(1) + p * power)
-
-
 def _sigmoid(x):
-    """1 / (1 + e^{−x}) in the precision of x."""
+    """1 / (1 + e^{−x}) in the precision of x; a loop over it vectorises, which one over exp does not."""
 
 
-@overload(_sigmoid, inline="always")
-def _sigmoid_overload(x):
-    return _sigmoid32.py_func if x == types.float32 else lambda x: 1.0 / (1.0 + np.exp(-x))
+@overload(_sigmoid, jit_options=FAST | {"cache": False})
+def _compiled_sigmoid(x):
+    """e^y = 2^n e^r with |r| ≤ ln(2) / 2: 2^n from its bits, e^r from its Taylor series, to rounding."""
+    if x == types.float32:
+        real, integer, mantissa_bits, bias, limit, n_terms, n_high = np.float32, np.int32, 23, 127, 80.0, 7, 9
+    else:
+        real, integer, mantissa_bits, bias, limit, n_terms, n_high = np.float64, np.int64, 52, 1023, 700.0, 14, 32
+    high = round(math.log(2) * 2**n_high) / 2**n_high  # so short that n · high is exact
+    low, inverse = math.log(2) - high, 1 / math.log(2)
+    terms = tuple(1 / math.factorial(n) for n in reversed(range(n_terms)))
+
+    def sigmoid(x):
+        y = min(max(-x, real(-limit)), real(limit))
+        n = np.rint(y * real(inverse))
+        r = y - n * real(high) - n * real(low)
+        exponential = real(0)
+        for term in terms:
+            exponential = exponential * r + real(term)
+        power = integer((integer(n) + integer(bias)) << integer(mantissa_bits)).view(real)
+        return real(1) / (real(1) + exponential * power)
+
+    return sigmoid
 
 
 @njit(inline="always")
 def _hermite(distance, inverse_spacing, n_nodes):
     """Table row, and weights of (value, slope) at its two ends, for the interpolant and for its derivative."""
-    one = type(distance)(1)
-    two = type(distance)(2)
-    three = type(distance)(3)
+    one, six = type(distance)(1), type(distance)(6)
     position = distance * inverse_spacing
-    row = min(int(position), n_nodes - 2)
+    row = max(0, min(int(position), n_nodes - 2))  # also where the distance is NaN
     t = position - type(distance)(row)
     s = one - t
-    value = ((one + two * t) * s * s, t * s * s, t * t * (three - two * t), -t * t * s)
-    six = two * three
-    slope = (
-        -six * t * s * inverse_spacing,
-        s * (one - three * t) * inverse_spacing,
-        six * t * s * inverse_spacing,
-        t * (three * t - two) * inverse_spacing,
-    )
+    value = (s * s * (one + t + t), s * s * t, t * t * (one + s + s), -t * t * s)
+    bump = six * s * t * inverse_spacing
+    slope = (-bump, s * (s - t - t) * inverse_spacing, bump, t * (t - s - s) * inverse_spacing)
     return row, value, slope
 
 
 @njit(inline="always")
 def _one_direction(D, ai, bj, c, g, ga, gb, gz, gc, w):
     """Adjoint of a message with respect to a_i, b_j, c (accumulated) and w (returned); gz is scratch."""
-    one = type(w)(1)
-    gw = type(w)(0)
+    one, gw = type(w)(1), type(w)(0)
     for k in range(D):
-        s_u = ai[k] + bj[k]
-        s_v = ai[D + k] + bj[D + k]
+        s_u, s_v = ai[k] + bj[k], ai[D + k] + bj[D + k]
         gate = _sigmoid(s_u * c[k])
         value = s_v * c[D + k]
         gm = g[k] * gate
@@ -278,20 +251,12 @@ def _message_kernels(D: int) -> tuple[Callable, Callable]:
         """out_i = Σ_j w σ(z_u) z_v,  z = (a_i + b_j) c(d), over both directions of each edge."""
         c = np.empty(W, a.dtype)
         for e in range(first, last):
-            i = source[e]
-            j = target[e]
-            w = weight[e]
+            i, j, w = source[e], target[e], weight[e]
             row, (v0, s0, v1, s1), _ = _hermite(distance[e], inverse_spacing, len(table))
-            lower = table[row]
-            upper = table[row + 1]
+            lower, upper = table[row], table[row + 1]
             for k in range(W):
                 c[k] = v0 * lower[k] + s0 * lower[W + k] + v1 * upper[k] + s1 * upper[W + k]
-            ai = a[i]
-            aj = a[j]
-            bi = b[i]
-            bj = b[j]
-            out_i = out[i]
-            out_j = out[j]
+            ai, aj, bi, bj, out_i, out_j = a[i], a[j], b[i], b[j], out[i], out[j]
             for k in range(D):
                 out_i[k] += w * _sigmoid((ai[k] + bj[k]) * c[k]) * ((ai[D + k] + bj[D + k]) * c[D + k])
             for k in range(D):
@@ -304,16 +269,11 @@ def _message_kernels(D: int) -> tuple[Callable, Callable]:
     ):  # fmt: skip
         """Adjoints of ``forward``; ``grad_table`` is empty if it is not wanted."""
         want_table = len(grad_table) > 0
-        c = np.empty(W, a.dtype)
-        gc = np.empty(W, a.dtype)
-        gz = np.empty(W, a.dtype)
+        c, gc, gz = np.empty(W, a.dtype), np.empty(W, a.dtype), np.empty(W, a.dtype)
         for e in range(first, last):
-            i = source[e]
-            j = target[e]
-            w = weight[e]
+            i, j, w = source[e], target[e], weight[e]
             row, (v0, s0, v1, s1), (dv0, ds0, dv1, ds1) = _hermite(distance[e], inverse_spacing, len(table))
-            lower = table[row]
-            upper = table[row + 1]
+            lower, upper = table[row], table[row + 1]
             for k in range(W):
                 c[k] = v0 * lower[k] + s0 * lower[W + k] + v1 * upper[k] + s1 * upper[W + k]
                 gc[k] = type(w)(0)
@@ -325,8 +285,7 @@ def _message_kernels(D: int) -> tuple[Callable, Callable]:
             grad_distance[e] = gd
             grad_weight[e] = gw
             if want_table:
-                g_lower = grad_table[row]
-                g_upper = grad_table[row + 1]
+                g_lower, g_upper = grad_table[row], grad_table[row + 1]
                 for k in range(W):
                     g_lower[k] += v0 * gc[k]
                 for k in range(W):
@@ -343,13 +302,9 @@ class _MessageSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b, table, distance, weight, inverse_spacing, edges):
         forward, ctx.kernel = _message_kernels(a.shape[1] // 2)
-        arrays = [tensor.detach().contiguous().numpy() for tensor in (a, b, table)]
-        arrays += [
-            arrays[0].dtype.type(inverse_spacing),
-            distance.detach().numpy(),
-            weight.detach().contiguous().numpy(),
-        ]
-        arrays += [edges.graph.source.numpy(), edges.graph.target.numpy()]
+        tensors = (a, b, table, distance, weight, edges.graph.source, edges.graph.target)
+        arrays = [tensor.detach().contiguous().numpy() for tensor in tensors]
+        arrays.insert(3, arrays[0].dtype.type(inverse_spacing))
         out = np.zeros((len(a), a.shape[1] // 2), arrays[0].dtype)
         run_parts(forward, edges.first_edge, lambda part: (*arrays, out))
         ctx.arrays, ctx.first_edge = arrays, edges.first_edge

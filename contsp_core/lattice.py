@@ -1,4 +1,4 @@
-"""Lattices: Niggli reduction of a batch, fractional and Cartesian coordinates, strain.
+"""Which cell describes a lattice: Niggli cells of a batch; and crystals wrapped, deformed and strained.
 
 Rows of a cell are its lattice vectors (see :mod:`contsp_core.crystals`); lengths are in Å. Below, the metric of a basis
 (a, b, c) is written A = a·a, B = b·b, C = c·c, D = b·c, E = a·c, F = a·b.
@@ -29,13 +29,16 @@ from torch import Tensor
 if TYPE_CHECKING:
     from contsp_core.crystals import Crystals
 
+TOLERANCE = 1e-5  # relative to (shortest lattice vector)²: metric entries closer than that count as equal
+MAX_ITERATIONS = 200  # of each preparatory reduction; they take as many as the logarithm of the skewness
+MAX_SKEWNESS = 10.0  # |a||b||c| / volume, at most √2 for a Niggli cell: above this a cell is searched in another basis
 MIN_LENGTH = 1e-13  # relative to the largest cell entry: a shorter vector is rounding error, so the cell is flat
 MAX_ERROR = 1e-6  # relative to the shortest vector: largest difference accepted between two ways to compute the result
 MIN_FILLING = 0.5  # volume / (|a||b||c|) is at least 1/√2 for a Niggli cell; less means the cell is flat
 SELLING_ZERO = 1e-14  # relative: below this a scalar product counts as obtuse
 
 
-def niggli_reduce(cell: Tensor, max_iterations: int = 200, tolerance: float = 1e-5) -> tuple[Tensor, Tensor]:
+def niggli_reduce(cell: Tensor) -> tuple[Tensor, Tensor]:
     """Niggli-reduced cells of a batch, of the same handedness, and the basis changes that lead to them.
 
     The metric of the result depends on the lattice only, not on the basis given. A cell that is reduced already, is
@@ -43,33 +46,24 @@ def niggli_reduce(cell: Tensor, max_iterations: int = 200, tolerance: float = 1e
 
     Args:
         cell: (n, 3, 3), rows are lattice vectors, Å; float32 or float64, any device. Differentiable.
-        max_iterations: bound on the steps of each of the two preparatory reductions. Their number grows as the
-            logarithm of the skewness. If it is exhausted the result is a basis of the lattice, but perhaps not reduced.
-        tolerance: metric entries closer than tolerance · (shortest lattice vector)² count as equal.
 
     Returns:
         Reduced cells (n, 3, 3), and transforms (n, 3, 3) int64 with determinant +1: reduced = transforms @ cell.
 
     Raises:
-        ValueError: on a wrong shape, dtype, max_iterations or tolerance.
+        ValueError: on a wrong shape or dtype.
     """
     if cell.ndim != 3 or cell.shape[1:] != (3, 3):
         raise ValueError(f"cell has shape {tuple(cell.shape)}, expected (n, 3, 3)")
     if cell.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"cell is {cell.dtype}, expected float32 or float64")
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations is {max_iterations}, expected at least 1")
-    if not 0 < tolerance < 0.1:
-        raise ValueError(f"tolerance is {tolerance}, expected a number in (0, 0.1)")
     exact = cell.double()
     transform = torch.eye(3, dtype=torch.int64, device=cell.device).repeat(len(cell), 1, 1)
-    done = _is_strictly_reduced(exact.detach(), tolerance)
-    if done.all():
-        return cell, transform
-    chosen = (~done & exact.isfinite().all(-1).all(-1) & exact.any(-1).any(-1)).nonzero()[:, 0]
+    usable = exact.isfinite().all(-1).all(-1) & exact.any(-1).any(-1)
+    chosen = (usable & ~_is_strictly_reduced(exact.detach())).nonzero()[:, 0]
     if not len(chosen):
         return cell, transform
-    change = _niggli_transform(exact.detach()[chosen], max_iterations, tolerance)
+    change = _niggli_transform(exact.detach()[chosen])
     transform[chosen] = change.round().long()
     return cell.index_copy(0, chosen, (change @ exact[chosen]).to(cell.dtype)), transform
 
@@ -80,9 +74,10 @@ def wrap_positions(crystals: Crystals) -> Crystals:
     Fractional coordinates end in [0, 1) to within rounding: an atom less than a rounding error below a face stays at
     that face. Atoms inside keep their positions to the last bit, and so do those of a non-finite or flat cell.
     """
-    frac = cart_to_frac(crystals.positions, crystals.cell, crystals.system_idx).detach()
+    inverse = torch.linalg.inv_ex(crystals.cell.detach()).inverse  # of a flat cell: infinite or NaN, not an error
+    frac = crystals.multiply_rows(crystals.positions.detach(), inverse)
     shift = torch.floor(frac + 8 * torch.finfo(frac.dtype).eps).nan_to_num(0.0, 0.0, 0.0)
-    moved = crystals.positions - frac_to_cart(shift, crystals.cell, crystals.system_idx)
+    moved = crystals.positions - crystals.multiply_rows(shift, crystals.cell)
     return crystals.replace(positions=torch.where((shift != 0).any(-1, keepdim=True), moved, crystals.positions))
 
 
@@ -91,17 +86,16 @@ def niggli(crystals: Crystals) -> Crystals:
     return wrap_positions(crystals.replace(cell=niggli_reduce(crystals.cell)[0]))
 
 
-def frac_to_cart(frac_coords: Tensor, cell: Tensor, system_idx: Tensor) -> Tensor:
-    """Cartesian positions (n_atoms, 3), Å, from fractional coordinates (n_atoms, 3) in cell (n_systems, 3, 3)."""
-    return (frac_coords.unsqueeze(1) @ cell[system_idx]).squeeze(1)
+def without_skew(crystals: Crystals) -> Crystals:
+    """The same solid, with the Niggli cell in place of any cell so skewed that images would be sought far away.
 
-
-def cart_to_frac(positions: Tensor, cell: Tensor, system_idx: Tensor) -> Tensor:
-    """Fractional coordinates (n_atoms, 3), not wrapped, of Cartesian positions (n_atoms, 3), Å.
-
-    A singular cell gives infinities or NaN, not an error: a sampler rejects such a proposal.
+    Differentiable; atoms are not wrapped. Images are then few, and distances exact, however the crystal is described.
     """
-    return (positions.unsqueeze(1) @ torch.linalg.inv_ex(cell).inverse[system_idx]).squeeze(1)
+    cell = crystals.cell.detach().double()
+    skewed = torch.linalg.vector_norm(cell, dim=-1).prod(-1) > MAX_SKEWNESS * torch.linalg.det(cell).abs()
+    if not skewed.any():
+        return crystals
+    return crystals.replace(cell=torch.where(skewed[:, None, None], niggli_reduce(crystals.cell)[0], crystals.cell))
 
 
 def apply_strain(crystals: Crystals, strain: Tensor) -> Crystals:
@@ -118,17 +112,13 @@ def apply_strain(crystals: Crystals, strain: Tensor) -> Crystals:
     """
     if strain.shape != crystals.cell.shape:
         raise ValueError(f"strain has shape {tuple(strain.shape)}, expected {tuple(crystals.cell.shape)}")
-    deformation = torch.linalg.matrix_exp(strain)
-    positions = frac_to_cart(crystals.positions, deformation, crystals.system_idx)
-    return crystals.replace(cell=crystals.cell @ deformation, positions=positions)
+    return deform(crystals, torch.linalg.matrix_exp(strain))
 
 
-def cell_heights(cell: Tensor) -> Tensor:
-    """(n, 3) distances between opposite faces of cell (n, 3, 3), Å; 0 for a flat cell. Height i belongs to vector i."""
-    normals = torch.linalg.cross(cell[:, [1, 2, 0]], cell[:, [2, 0, 1]])  # (n, 3, 3), face areas as lengths
-    areas = torch.linalg.vector_norm(normals, dim=-1)
-    volume = (cell[:, 0] * normals[:, 0]).sum(-1, keepdim=True).abs()
-    return torch.where(areas > 0, volume / areas.clamp(min=torch.finfo(cell.dtype).tiny), 0.0)
+def deform(crystals: Crystals, matrices: Tensor) -> Crystals:
+    """Space deformed: cells and positions (rows) times ``matrices`` (n_systems, 3, 3) on the right."""
+    positions = crystals.multiply_rows(crystals.positions, matrices)
+    return crystals.replace(cell=crystals.cell @ matrices, positions=positions)
 
 
 def _metric(vectors: Tensor) -> Tensor:
@@ -136,12 +126,11 @@ def _metric(vectors: Tensor) -> Tensor:
     return (vectors @ vectors.mT).flatten(1).T[[0, 4, 8, 5, 2, 1]]
 
 
-def _is_strictly_reduced(cell: Tensor, tolerance: float) -> Tensor:
+def _is_strictly_reduced(cell: Tensor) -> Tensor:
     """Whether all Niggli inequalities hold by more than the tolerance, so that no other basis comes close."""
     metric = _metric(cell)
-    a2, b2, c2 = metric[:3]
-    scalar = metric[3:]
-    margin = tolerance * a2
+    (a2, b2, c2), scalar = metric[:3], metric[3:]
+    margin = TOLERANCE * a2
     size = 2 * scalar.abs()
     acute = (scalar > margin).all(0)
     obtuse = (scalar < -margin).all(0) & (size.sum(0) + margin < a2 + b2)
@@ -150,44 +139,40 @@ def _is_strictly_reduced(cell: Tensor, tolerance: float) -> Tensor:
     return ordered & short & (acute | obtuse)
 
 
-def _niggli_transform(cell: Tensor, max_iterations: int, tolerance: float) -> Tensor:
+def _niggli_transform(cell: Tensor) -> Tensor:
     """(n, 3, 3) float64 integers of determinant +1; the identity where the cell is reduced or flat."""
     tables = _tables(cell.device)
     identity = torch.eye(3, dtype=cell.dtype, device=cell.device).expand_as(cell)
     peak = cell.abs().amax((1, 2), keepdim=True)
     scaled = cell / (peak / (2 * torch.frexp(peak).mantissa))  # by a power of two, so without rounding
-    basis = _size_reduce(torch.cat([scaled, identity], -1), max_iterations)
-    vectors = tables["sums"] @ _obtuse_superbase(basis, max_iterations)  # (n, 7, 6)
-
+    given = torch.cat([scaled, identity], -1)
+    vectors = tables["sums"] @ _obtuse_superbase(_size_reduce(given))  # (n, 7, 6)
     gram = (vectors[..., :3] @ vectors[..., :3].mT).flatten(1)
     metrics = torch.cat([_metric(scaled).T.unsqueeze(-1), gram[:, tables["entries"]]], -1)  # (n, 6, 169)
-    choice, margin = _best_basis(metrics, tolerance)
-    choice = choice.view(-1, 1, 1)
-    given = torch.cat([scaled, identity], -1)
-    best = torch.where(choice == 0, given, tables["bases"][choice[:, 0, 0]] @ vectors)
-    best = _sign_change(metrics.gather(2, choice.expand(-1, 6, 1))[..., 0], margin) * best
+    choice, margin = _best_basis(metrics)
+    best = torch.where(choice[:, None, None] == 0, given, tables["bases"][choice] @ vectors)
+    best = _sign_change(metrics[torch.arange(len(cell)), :, choice], margin) * best
     return torch.where(_is_resolved(best, scaled), best[..., 3:], identity)
 
 
 def _is_resolved(basis: Tensor, cell: Tensor) -> Tensor:
     """(n, 1, 1): whether rounding is small in basis (n, 3, 6), judged by computing its vectors anew from the cell."""
-    transform = basis[..., 3:]
-    reduced = transform @ cell
+    reduced = basis[..., 3:] @ cell
     lengths = torch.linalg.vector_norm(reduced, dim=-1)
     error = (reduced - basis[..., :3]).abs().amax((1, 2))
     volume = (reduced[:, 0] * torch.linalg.cross(reduced[:, 1], reduced[:, 2])).sum(-1).abs()
-    exact_integers = transform.abs().amax((1, 2)) < 2**52
+    exact_integers = basis[..., 3:].abs().amax((1, 2)) < 2**52
     resolved = exact_integers & (error < MAX_ERROR * lengths.amin(-1)) & (volume > MIN_FILLING * lengths.prod(-1))
     return resolved.view(-1, 1, 1)
 
 
-def _size_reduce(basis: Tensor, max_iterations: int) -> Tensor:
+def _size_reduce(basis: Tensor) -> Tensor:
     """Shorten b by a, and c by a and b, until nothing gets shorter.
 
     Args:
         basis: (n, 3, 6), each row a vector and, beside it, its integer coordinates in the original basis.
     """
-    for _ in range(max_iterations):
+    for _ in range(MAX_ITERATIONS):
         norms = basis[..., :3].square().sum(-1)
         order = norms.argsort(-1)
         first, second, third = order.unbind(-1)
@@ -195,11 +180,9 @@ def _size_reduce(basis: Tensor, max_iterations: int) -> Tensor:
         basis = basis.gather(1, order.unsqueeze(-1).expand(-1, -1, 6)) * parity.view(-1, 1, 1)
         a, b, c = basis.unbind(1)
         sizeable = norms.amin(-1, keepdim=True) > MIN_LENGTH**2
-        b_new = b - _nearest_multiple(b, a[:, :3]) * a
-        b, b_shorter = _if_shorter(b, b_new, sizeable)
-        across = b[:, :3] - _projection(b, a[:, :3]) * a[:, :3]
-        c_new = c - _nearest_multiple(c, across) * b
-        c, c_shorter = _if_shorter(c, c_new - _nearest_multiple(c_new, a[:, :3]) * a, sizeable)
+        b, b_shorter = _if_shorter(b, b - _projection(b, a).round() * a, sizeable)
+        c_new = c - _projection(c, b - _projection(b, a) * a).round() * b
+        c, c_shorter = _if_shorter(c, c_new - _projection(c_new, a).round() * a, sizeable)
         basis = torch.stack([a, b, c], 1)
         if not (b_shorter | c_shorter).any():
             break
@@ -207,11 +190,8 @@ def _size_reduce(basis: Tensor, max_iterations: int) -> Tensor:
 
 
 def _projection(row: Tensor, onto: Tensor) -> Tensor:
-    return (row[:, :3] * onto).sum(-1, keepdim=True) / onto.square().sum(-1, keepdim=True).clamp(min=MIN_LENGTH**2)
-
-
-def _nearest_multiple(row: Tensor, onto: Tensor) -> Tensor:
-    return _projection(row, onto).round()
+    row, onto = row[:, :3], onto[:, :3]
+    return (row * onto).sum(-1, keepdim=True) / onto.square().sum(-1, keepdim=True).clamp(min=MIN_LENGTH**2)
 
 
 def _if_shorter(old: Tensor, new: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,11 +201,11 @@ def _if_shorter(old: Tensor, new: Tensor, allowed: Tensor) -> tuple[Tensor, Tens
     return torch.where(shorter, new, old), shorter
 
 
-def _obtuse_superbase(basis: Tensor, max_iterations: int) -> Tensor:
+def _obtuse_superbase(basis: Tensor) -> Tensor:
     """(n, 4, 6): four vectors of sum zero with no acute angle, by Selling's steps on the most acute pair."""
     tables = _tables(basis.device)
     superbase = torch.cat([basis, -basis.sum(1, keepdim=True)], 1)
-    for _ in range(max_iterations):
+    for _ in range(MAX_ITERATIONS):
         gram = superbase[..., :3] @ superbase[..., :3].mT
         value, pair = gram.flatten(1)[:, tables["pairs"]].max(-1)
         acute = value > SELLING_ZERO * gram.diagonal(dim1=1, dim2=2).amax(-1)
@@ -235,9 +215,9 @@ def _obtuse_superbase(basis: Tensor, max_iterations: int) -> Tensor:
     return superbase
 
 
-def _best_basis(metrics: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+def _best_basis(metrics: Tensor) -> tuple[Tensor, Tensor]:
     """First of the candidates (n, 6, m) that is best in the module's lexicographic order; and the margin (n, 1)."""
-    margin = tolerance * metrics[:, 0].amin(-1, keepdim=True)
+    margin = TOLERANCE * metrics[:, 0].amin(-1, keepdim=True)
     size = metrics[:, 3:].abs()
     acute = (size.amin(1) > margin) & (metrics[:, 3:].sign().prod(1) > 0)
     keys = (metrics[:, 0], metrics[:, 1], metrics[:, 2], -acute.to(metrics), -size[:, 2], -size[:, 1], -size[:, 0])
@@ -265,7 +245,7 @@ def _sign_change(metric: Tensor, margin: Tensor) -> Tensor:
     return (signs * signs.prod(-1, keepdim=True)).unsqueeze(-1)  # -1 (all three) keeps the metric and turns the hand
 
 
-@lru_cache(maxsize=16)
+@lru_cache
 def _tables(device: torch.device) -> dict[str, Tensor]:
     """Constant matrices of the reduction, all basis changes among them of determinant +1.
 
@@ -287,8 +267,6 @@ def _tables(device: torch.device) -> dict[str, Tensor]:
         step[first, first] = -1.0
         hand = np.linalg.det(step[:3] @ np.vstack([np.eye(3), -np.ones(3)]))
         selling.append(step * round(hand))
-    floats = {"sums": sums, "bases": np.concatenate([np.zeros((1, 3, 7)), bases]), "selling": [*selling, np.eye(4)]}
-    integers = {"entries": entries, "pairs": [4 * first + second for first, second in pairs]}
-    tables = {name: torch.tensor(np.array(value), dtype=torch.float64) for name, value in floats.items()}
-    tables |= {name: torch.tensor(np.array(value), dtype=torch.int64) for name, value in integers.items()}
-    return {name: table.to(device) for name, table in tables.items()}
+    tables = {"sums": sums, "bases": np.concatenate([np.zeros((1, 3, 7)), bases]), "selling": [*selling, np.eye(4)]}
+    indices = {"entries": entries, "pairs": [4 * first + second for first, second in pairs]}
+    return {name: torch.tensor(np.array(table), device=device) for name, table in (tables | indices).items()}

@@ -1,7 +1,7 @@
-"""Metropolis-adjusted Langevin sampling of p(L, X | a) ∝ exp(−E / T) (Tone et al., arXiv 2502.02026).
+"""The paper's sampler: Metropolis-adjusted Langevin (MALA) on p(L, X | a) ∝ exp(−E / T), annealed (arXiv 2502.02026).
 
-``mala_init`` and ``mala_step`` advance a batch of independent chains; proposal, log density of the proposal and
-acceptance rule are functions of their own. Two proposals leave the same law invariant:
+``mala_init`` and ``mala_step`` advance a batch of independent chains, ``anneal`` cools them; below stand the proposal,
+its log density and the acceptance rule, each a function. Two proposals leave the same law invariant:
 
 ``cartesian`` (the paper's): y′ = y − η ∇E(y) / T + √(2η) ξ on y = (L, X).
 
@@ -10,22 +10,21 @@ of the chain on solids does not depend on the cell, the orientation or the order
 
 | symbol | variable                        | symbol | variable                                  |
 | ------ | ------------------------------- | ------ | ----------------------------------------- |
-| η, η_c | step_size, strain_step (per T)  | ε, δ   | strain, displacement                      |
+| η, η_c | step (n_systems, 2): cell, atoms | ε, δ   | move.cell, move.positions                 |
 | T      | temperature (n_systems,)        | ∂E/∂ε  | grad_strain, at fixed fractional positions |
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from contsp_core.crystals import MIN_VOLUME, Crystals
-from contsp_core.energy import energy_and_gradient
+from contsp_core.crystals import MIN_VOLUME, Crystals, Rng, random_rows
+from contsp_core.energy import energy_and_gradient, strain_gradient
 from contsp_core.lattice import apply_strain, niggli
 
 Energy = Callable[[Crystals], Tensor]
@@ -55,28 +54,17 @@ class ChainState:
 
 
 @dataclass(frozen=True)
-class Move:
-    """A proposed change: ``cell`` and ``positions`` increments (cartesian) or ``strain`` and ``positions`` (strain)."""
+class AnnealConfig:
+    """Annealed MALA; the defaults are the paper's."""
 
-    cell: Tensor  # (n_systems, 3, 3), Å or dimensionless strain
-    positions: Tensor  # (n_atoms_total, 3), Å
-
-
-def strain_gradient(crystals: Crystals, grad_cell: Tensor, grad_positions: Tensor) -> Tensor:
-    """(n_systems, 3, 3) ∂E/∂ε at ε = 0 of L exp(ε), X exp(ε): symmetric for a rotation-invariant energy."""
-    atoms = crystals.positions[:, :, None] * grad_positions[:, None, :]
-    return crystals.cell.mT @ grad_cell + sum_atoms(crystals, atoms)
-
-
-def cell_gradient(state: ChainState) -> Tensor:
-    """(n_systems, 3, 3) ∂E/∂L at fixed Cartesian positions, recovered for the description the state has now."""
-    atoms = state.crystals.positions[:, :, None] * state.grad_positions[:, None, :]
-    return torch.linalg.solve(state.crystals.cell.mT, state.grad_strain - sum_atoms(state.crystals, atoms))
-
-
-def sum_atoms(crystals: Crystals, per_atom: Tensor) -> Tensor:
-    """(n_atoms_total, …) -> (n_systems, …), the sum over the atoms of each crystal."""
-    return per_atom.new_zeros(crystals.n_systems, *per_atom.shape[1:]).index_add(0, crystals.system_idx, per_atom)
+    n_steps: int = 1000
+    step_first: float = 0.5  # η, Å²
+    step_last: float = 5e-4
+    temperature_first: float = 1.0
+    temperature_last: float = 1e-3
+    proposal: Proposal = "cartesian"
+    measure: Measure = "cartesian"
+    cell_step_ratio: float = 1.0  # η_c / η; the paper moves cell and atoms with one step size
 
 
 def mala_init(energy: Energy, crystals: Crystals) -> ChainState:
@@ -89,96 +77,12 @@ def mala_init(energy: Energy, crystals: Crystals) -> ChainState:
     )
 
 
-def draw_move(state: ChainState, proposal: Proposal, step: Tensor, temperature: Tensor, rng: torch.Generator) -> Move:
-    """Langevin proposal: mean −η ∇E / T and variance 2η along every independent direction.
-
-    Args:
-        state: where the chains are.
-        proposal: ``cartesian`` or ``strain``.
-        step: (n_systems, 2) η of the cell (Å² or, for strain, dimensionless) and η of the positions (Å²).
-        temperature: (n_systems,) T.
-        rng: source of randomness, on the CPU.
-    """
-    mean = mean_move(state, proposal, step, temperature)
-    noise_cell = torch.randn(mean.cell.shape, generator=rng, dtype=mean.cell.dtype).to(mean.cell.device)
-    noise_positions = torch.randn(mean.positions.shape, generator=rng, dtype=mean.cell.dtype).to(mean.cell.device)
-    if proposal == "strain":  # density ∝ exp(−|ε|²/2) on symmetric matrices
-        noise_cell = (noise_cell + noise_cell.mT) / 2
-    scale = (2 * step).sqrt()
-    per_atom = scale[:, 1].index_select(0, state.crystals.system_idx)[:, None]
-    return Move(mean.cell + scale[:, 0, None, None] * noise_cell, mean.positions + per_atom * noise_positions)
-
-
-def mean_move(state: ChainState, proposal: Proposal, step: Tensor, temperature: Tensor) -> Move:
-    """The drift −η ∇E / T of :func:`draw_move`."""
-    if proposal == "cartesian":
-        gradient = cell_gradient(state)
-    elif proposal == "strain":
-        gradient = (state.grad_strain + state.grad_strain.mT) / 2
-    else:
-        raise ValueError(f"proposal is {proposal!r}, expected 'cartesian' or 'strain'")
-    drift = -step / temperature[:, None]
-    per_atom = drift[:, 1].index_select(0, state.crystals.system_idx)[:, None]
-    return Move(drift[:, 0, None, None] * gradient, per_atom * state.grad_positions)
-
-
-def log_move_density(move: Move, mean: Move, step: Tensor, crystals: Crystals) -> Tensor:
-    """(n_systems,) log q(move) = −|move − mean|² / 4η, up to a constant that is the same for the reverse move."""
-    cell = (move.cell - mean.cell).square().sum(dim=(1, 2)) / step[:, 0]
-    positions = sum_atoms(crystals, (move.positions - mean.positions).square().sum(dim=1)) / step[:, 1]
-    return -(cell + positions) / 4
-
-
-def apply_move(crystals: Crystals, move: Move, proposal: Proposal) -> Crystals:
-    """The proposed crystals, neither reduced nor wrapped."""
-    if proposal == "cartesian":
-        return crystals.replace(cell=crystals.cell + move.cell, positions=crystals.positions + move.positions)
-    strained = apply_strain(crystals, move.cell)
-    return strained.replace(positions=strained.positions + move.positions)
-
-
-def reverse_move(old: Crystals, moved: Crystals, new: Crystals, move: Move, proposal: Proposal) -> Move:
-    """The move from ``new`` (the reduced and wrapped ``moved``) back to ``old``.
-
-    For strain it is (−ε, −δ exp(−ε)), in any description. A Cartesian move depends on the description: the way back
-    starts in the basis and with the images of ``new``, so it must lead to ``old`` described in the same basis and
-    images. Taking −(ΔL, ΔX) instead, as if the cell had not been reduced, would sample another law.
-    """
-    if proposal == "strain":
-        back = torch.linalg.matrix_exp(-move.cell).index_select(0, old.system_idx)
-        return Move(-move.cell, -torch.einsum("ni,nij->nj", move.positions, back))
-    transform = torch.linalg.solve(moved.cell, new.cell, left=False).round()  # new.cell = transform @ moved.cell
-    to_frac = torch.linalg.inv(new.cell).index_select(0, old.system_idx)
-    images = torch.einsum("ni,nij->nj", new.positions - moved.positions, to_frac).round()
-    cell = -transform @ move.cell
-    shifts = torch.einsum("ni,nij->nj", images, cell.index_select(0, old.system_idx))
-    return Move(cell, shifts - move.positions)
-
-
-def log_measure_ratio(old: Crystals, new: Crystals, proposal: Proposal, measure: Measure) -> Tensor:
-    """(n_systems,) log of the volume factors in the acceptance ratio.
-
-    A strain move preserves |det L|⁻³ dL and scales displacements by det L / det L′ per atom on the way back; a
-    Cartesian move preserves dL dX. The two measures differ by |det L|^{N+3}.
-    """
-    log_ratio = torch.log(new.volume / old.volume)
-    if proposal == "strain":
-        return 3 * log_ratio if measure == "cartesian" else -old.n_atoms * log_ratio
-    return 0 * log_ratio if measure == "cartesian" else -(old.n_atoms + 3) * log_ratio
-
-
-def metropolis(log_ratio: Tensor, rng: torch.Generator) -> Tensor:
-    """(n_systems,) bool: accept with probability min(1, exp(log_ratio)); NaN is a rejection."""
-    uniform = torch.rand(log_ratio.shape, generator=rng, dtype=torch.float64).to(log_ratio.device)
-    return uniform.log() < log_ratio
-
-
 def mala_step(
     energy: Energy,
     state: ChainState,
     step: Tensor,
     temperature: Tensor,
-    rng: torch.Generator,
+    rng: Rng,
     proposal: Proposal = "cartesian",
     measure: Measure = "cartesian",
 ) -> ChainState:
@@ -189,7 +93,7 @@ def mala_step(
         state: from :func:`mala_init` or a previous step.
         step: (n_systems, 2) step sizes of cell and positions.
         temperature: (n_systems,) T; chains at different stages may share a batch.
-        rng: source of randomness, on the CPU.
+        rng: source of randomness, on the CPU: one generator, or one a chain.
         proposal: see the module's docstring.
         measure: the base measure of the target exp(−E / T): ``cartesian`` is dL dX (the paper's), ``invariant`` is
             |det L|⁻³ dL d(frac), which no choice of description changes.
@@ -215,90 +119,11 @@ def mala_step(
     return _select(accepted & finite, proposed, replace(state, n_nonfinite=state.n_nonfinite + (~finite).long()))
 
 
-def _old_where_flat(moved: Crystals, old: Crystals) -> tuple[Crystals, Tensor]:
-    """The old crystal in place of a proposal that is none (not finite, or flat), and (n_systems,) where it is one."""
-    broken = sum_atoms(old, (~moved.positions.isfinite()).any(dim=1).to(old.cell.dtype)) > 0
-    volume = moved.volume
-    sound = torch.isfinite(volume) & (volume > MIN_VOLUME) & ~broken
-    atoms = sound.index_select(0, old.system_idx)[:, None]
-    cell = torch.where(sound[:, None, None], moved.cell, old.cell)
-    return moved.replace(cell=cell, positions=torch.where(atoms, moved.positions, old.positions)), sound
-
-
-def _select(accepted: Tensor, new: ChainState, old: ChainState) -> ChainState:
-    """Per system: the new state where accepted, the old one elsewhere."""
-    atoms = accepted.index_select(0, old.crystals.system_idx)[:, None]
-    cells = accepted[:, None, None]
-    crystals = old.crystals.replace(
-        cell=torch.where(cells, new.crystals.cell, old.crystals.cell),
-        positions=torch.where(atoms, new.crystals.positions, old.crystals.positions),
-    )
-    return ChainState(
-        crystals,
-        torch.where(accepted, new.energy, old.energy),
-        torch.where(cells, new.grad_strain, old.grad_strain),
-        torch.where(atoms, new.grad_positions, old.grad_positions),
-        accepted,
-        old.n_nonfinite,
-    )
-
-
-def equilibrate(
-    energy: Energy,
-    crystals: Crystals,
-    temperature: Tensor,
-    step: Tensor,
-    n_steps: int,
-    rng: torch.Generator,
-    proposal: Proposal = "strain",
-    measure: Measure = "cartesian",
-    target: float = 0.574,
-) -> tuple[ChainState, Tensor]:
-    """Burn-in: chains at constant temperature whose step sizes move towards a target acceptance rate.
-
-    After each step ln η changes by (accepted − target) / √(1 + index), for every chain by itself. Such a chain has no
-    exact law; go on with :func:`mala_step` and the returned steps, frozen.
-
-    Args:
-        energy: maps a batch to (n_systems,) energies.
-        crystals: where the chains start.
-        temperature: (n_systems,) T.
-        step: (n_systems, 2) first step sizes of cell and positions; their ratio is kept.
-        n_steps: length of the burn-in.
-        rng: source of randomness, on the CPU.
-        proposal, measure: as for :func:`mala_step`.
-        target: acceptance rate; 0.574 is optimal for MALA (Roberts & Rosenthal, J. R. Stat. Soc. B 60 (1998) 255).
-
-    Returns:
-        The state reached, and the adapted step sizes (n_systems, 2).
-    """
-    state = mala_init(energy, crystals)
-    for index in range(n_steps):
-        state = mala_step(energy, state, step, temperature, rng, proposal, measure)
-        change = (state.accepted.to(step.dtype) - target) / math.sqrt(1 + index)
-        step = step * torch.exp(change)[:, None]
-    return state, step
-
-
-@dataclass(frozen=True)
-class AnnealConfig:
-    """Annealed MALA; the defaults are the paper's."""
-
-    n_steps: int = 1000
-    step_first: float = 0.5  # η, Å²
-    step_last: float = 5e-4
-    temperature_first: float = 1.0
-    temperature_last: float = 1e-3
-    proposal: Proposal = "cartesian"
-    measure: Measure = "cartesian"
-    cell_step_ratio: float = 1.0  # η_c / η; the paper moves cell and atoms with one step size
-
-
 def anneal(
     energy: Energy,
     crystals: Crystals,
     config: AnnealConfig,
-    rng: torch.Generator,
+    rng: Rng,
     on_step: Callable[[int, ChainState], None] | None = None,
     start: Tensor | None = None,
 ) -> ChainState:
@@ -308,7 +133,7 @@ def anneal(
         energy: maps a batch to (n_systems,) energies.
         crystals: where the chains start.
         config: schedules, proposal and measure.
-        rng: source of randomness, on the CPU.
+        rng: source of randomness, on the CPU: one generator, or one a chain.
         on_step: called as ``on_step(index, state)`` after every step, for progress bars and records.
         start: (n_systems,) in [0, 1), how far down its schedules each chain begins (default 0).
     """
@@ -325,20 +150,122 @@ def anneal(
     return state
 
 
-def random_crystals(
-    species: Sequence[Sequence[int]], rng: torch.Generator, reference_density: float = 0.05
-) -> Crystals:
-    """The paper's start: Gaussian cell entries scaled to the reference density (Å⁻³), atoms uniform in the cell."""
-    counts = torch.tensor([len(numbers) for numbers in species])
-    scale = (counts / (2 * math.sqrt(2 / math.pi)) / reference_density) ** (1 / 3)
-    cell = scale[:, None, None] * torch.randn(len(species), 3, 3, generator=rng)
-    return uniform_atoms(cell, species, rng)
+@dataclass(frozen=True)
+class Move:
+    """A proposed change: ``cell`` and ``positions`` increments (cartesian) or ``strain`` and ``positions`` (strain)."""
+
+    cell: Tensor  # (n_systems, 3, 3), Å or dimensionless strain
+    positions: Tensor  # (n_atoms_total, 3), Å
 
 
-def uniform_atoms(cell: Tensor, species: Sequence[Sequence[int]], rng: torch.Generator) -> Crystals:
-    """Atoms of the given species, uniform in the given cells (n_systems, 3, 3)."""
-    counts = torch.tensor([len(numbers) for numbers in species])
-    system_idx = torch.repeat_interleave(torch.arange(len(species)), counts)
-    frac = torch.rand(len(system_idx), 3, generator=rng)
-    numbers = torch.tensor([number for numbers in species for number in numbers])
-    return Crystals(cell, torch.einsum("ni,nij->nj", frac, cell[system_idx]), numbers, system_idx)
+def draw_move(state: ChainState, proposal: Proposal, step: Tensor, temperature: Tensor, rng: Rng) -> Move:
+    """Langevin proposal: mean −η ∇E / T and variance 2η along every independent direction.
+
+    Args:
+        state: where the chains are.
+        proposal: ``cartesian`` or ``strain``.
+        step: (n_systems, 2) η of the cell (Å² or, for strain, dimensionless) and η of the positions (Å²).
+        temperature: (n_systems,) T.
+        rng: source of randomness, on the CPU: one generator, or one a chain.
+    """
+    mean = mean_move(state, proposal, step, temperature)
+    crystals, scale = state.crystals, (2 * step).sqrt()
+    cell = crystals.random_cells(rng, symmetric=proposal == "strain")
+    positions = crystals.random_atoms(rng)
+    return Move(
+        mean.cell + scale[:, 0, None, None] * cell, mean.positions + crystals.to_atoms(scale[:, 1:]) * positions
+    )
+
+
+def mean_move(state: ChainState, proposal: Proposal, step: Tensor, temperature: Tensor) -> Move:
+    """The drift −η ∇E / T of :func:`draw_move`."""
+    if proposal == "cartesian":
+        gradient = cell_gradient(state)
+    elif proposal == "strain":
+        gradient = (state.grad_strain + state.grad_strain.mT) / 2
+    else:
+        raise ValueError(f"proposal is {proposal!r}, expected 'cartesian' or 'strain'")
+    drift = -step / temperature[:, None]
+    return Move(drift[:, 0, None, None] * gradient, state.crystals.to_atoms(drift[:, 1:]) * state.grad_positions)
+
+
+def cell_gradient(state: ChainState) -> Tensor:
+    """(n_systems, 3, 3) ∂E/∂L at fixed Cartesian positions, recovered for the description the state has now."""
+    atoms = state.crystals.positions[:, :, None] * state.grad_positions[:, None, :]
+    return torch.linalg.solve(state.crystals.cell.mT, state.grad_strain - state.crystals.sum_atoms(atoms))
+
+
+def apply_move(crystals: Crystals, move: Move, proposal: Proposal) -> Crystals:
+    """The proposed crystals, neither reduced nor wrapped."""
+    if proposal == "cartesian":
+        return crystals.replace(cell=crystals.cell + move.cell, positions=crystals.positions + move.positions)
+    strained = apply_strain(crystals, move.cell)
+    return strained.replace(positions=strained.positions + move.positions)
+
+
+def log_move_density(move: Move, mean: Move, step: Tensor, crystals: Crystals) -> Tensor:
+    """(n_systems,) log q(move) = −|move − mean|² / 4η, up to a constant that is the same for the reverse move."""
+    cell = (move.cell - mean.cell).square().sum(dim=(1, 2)) / step[:, 0]
+    positions = crystals.sum_atoms((move.positions - mean.positions).square().sum(dim=1)) / step[:, 1]
+    return -(cell + positions) / 4
+
+
+def reverse_move(old: Crystals, moved: Crystals, new: Crystals, move: Move, proposal: Proposal) -> Move:
+    """The move from ``new`` (the reduced and wrapped ``moved``) back to ``old``.
+
+    For strain it is (−ε, −δ exp(−ε)), in any description. A Cartesian move depends on the description: the way back
+    starts in the basis and with the images of ``new``, so it must lead to ``old`` described in the same basis and
+    images. Taking −(ΔL, ΔX) instead, as if the cell had not been reduced, would sample another law.
+    """
+    if proposal == "strain":
+        return Move(-move.cell, -old.multiply_rows(move.positions, torch.linalg.matrix_exp(-move.cell)))
+    transform = torch.linalg.solve(moved.cell, new.cell, left=False).round()  # new.cell = transform @ moved.cell
+    images = old.multiply_rows(new.positions - moved.positions, torch.linalg.inv(new.cell)).round()
+    cell = -transform @ move.cell
+    return Move(cell, old.multiply_rows(images, cell) - move.positions)
+
+
+def log_measure_ratio(old: Crystals, new: Crystals, proposal: Proposal, measure: Measure) -> Tensor:
+    """(n_systems,) log of the volume factors in the acceptance ratio.
+
+    A strain move preserves |det L|⁻³ dL and scales displacements by det L / det L′ per atom on the way back; a
+    Cartesian move preserves dL dX. The two measures differ by |det L|^{N+3}.
+    """
+    log_ratio = torch.log(new.volume / old.volume)
+    if proposal == "strain":
+        return 3 * log_ratio if measure == "cartesian" else -old.n_atoms * log_ratio
+    return 0 * log_ratio if measure == "cartesian" else -(old.n_atoms + 3) * log_ratio
+
+
+def metropolis(log_ratio: Tensor, rng: Rng) -> Tensor:
+    """(n_systems,) bool: accept with probability min(1, exp(log_ratio)); NaN is a rejection."""
+    uniform = random_rows(torch.rand, [1] * len(log_ratio), rng, torch.float64, width=1)[:, 0]
+    return uniform.to(log_ratio.device).log() < log_ratio
+
+
+def _old_where_flat(moved: Crystals, old: Crystals) -> tuple[Crystals, Tensor]:
+    """The old crystal in place of a proposal that is none (not finite, or flat), and (n_systems,) where it is one."""
+    broken = old.sum_atoms((~moved.positions.isfinite()).any(dim=1).to(old.cell.dtype)) > 0
+    volume = moved.volume
+    sound = torch.isfinite(volume) & (volume > MIN_VOLUME) & ~broken
+    atoms = old.to_atoms(sound)[:, None]
+    cell = torch.where(sound[:, None, None], moved.cell, old.cell)
+    return moved.replace(cell=cell, positions=torch.where(atoms, moved.positions, old.positions)), sound
+
+
+def _select(accepted: Tensor, new: ChainState, old: ChainState) -> ChainState:
+    """Per system: the new state where accepted, the old one elsewhere."""
+    atoms = old.crystals.to_atoms(accepted)[:, None]
+    cells = accepted[:, None, None]
+    crystals = old.crystals.replace(
+        cell=torch.where(cells, new.crystals.cell, old.crystals.cell),
+        positions=torch.where(atoms, new.crystals.positions, old.crystals.positions),
+    )
+    return ChainState(
+        crystals,
+        torch.where(accepted, new.energy, old.energy),
+        torch.where(cells, new.grad_strain, old.grad_strain),
+        torch.where(atoms, new.grad_positions, old.grad_positions),
+        accepted,
+        old.n_nonfinite,
+    )

@@ -1,21 +1,146 @@
-"""From compositions to crystals: draw structures from a trained energy."""
+"""From compositions to crystals: where chains start, and structures drawn from a trained energy."""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from contsp_core.crystals import Crystals
-from contsp_core.diffusion import DiffusionConfig, initial_crystals, reverse_diffusion
+from contsp_core.crystals import Crystals, Rng, keyed_rng, pack, random_rows
+from contsp_core.diffusion import DiffusionConfig, reverse_diffusion
 from contsp_core.energy import ContinuousCGCNN
-from contsp_core.mala import AnnealConfig, anneal, random_crystals
+from contsp_core.mala import AnnealConfig, anneal
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
+
+
+def random_crystals(species: Sequence[Sequence[int]], rng: Rng, reference_density: float = 0.05) -> Crystals:
+    """The paper's start, in float64: Gaussian cell entries scaled to the density (Å⁻³), atoms uniform in the cell."""
+    counts = torch.tensor([len(numbers) for numbers in species])
+    scale = (counts.double() / (2 * math.sqrt(2 / math.pi)) / reference_density) ** (1 / 3)
+    noise = random_rows(torch.randn, [3] * len(species), rng, torch.float64).view(-1, 3, 3)
+    return uniform_atoms(scale[:, None, None] * noise, species, rng)
+
+
+def uniform_atoms(cell: Tensor, species: Sequence[Sequence[int]], rng: Rng) -> Crystals:
+    """Atoms of the given species, uniform in the given cells (n_systems, 3, 3)."""
+    counts = torch.tensor([len(numbers) for numbers in species])
+    system_idx = torch.repeat_interleave(torch.arange(len(species)), counts)
+    numbers = torch.tensor([number for numbers in species for number in numbers])
+    frac = random_rows(torch.rand, counts.tolist(), rng, cell.dtype)
+    crystals = Crystals(cell, frac, numbers, system_idx)
+    return crystals.replace(positions=crystals.multiply_rows(frac, cell))
+
+
+def start_crystals(model: ContinuousCGCNN, species: Sequence[Sequence[int]], rng: Rng) -> Crystals:
+    """Where chains start, in float64 on the CPU: as in the paper, or for an energy with noise levels at the largest.
+
+    There, atoms are uniform in a cell of the expected volume and, but for the strain of that level, of the shape of a
+    random training crystal with as many atoms (or with the nearest number).
+    """
+    if model.noise_features is None:
+        return random_crystals(species, rng, model.config.reference_density)
+    cells, bank = model.start_cells.cpu().double(), model.start_n_atoms.cpu()
+    volumes = model.atomic_volume.cpu().double()
+    draws = random_rows(torch.rand, [1] * len(species), rng, torch.float64, width=1)[:, 0].tolist()
+    shapes = []
+    for numbers, draw in zip(species, draws, strict=True):
+        distance = (bank - len(numbers)).abs()
+        candidates = torch.nonzero(distance == distance.min())[:, 0]
+        chosen = cells[candidates[int(draw * len(candidates))]]
+        shapes.append(chosen * volumes[list(numbers)].sum() ** (1 / 3))
+    crystals = uniform_atoms(torch.stack(shapes), species, rng)
+    width = min(model.config.strain_noise * model.config.noise_max, model.config.strain_cap)
+    deformation = torch.linalg.matrix_exp(width * crystals.random_cells(rng))
+    positions = crystals.multiply_rows(crystals.positions, deformation)
+    return crystals.replace(cell=crystals.cell @ deformation, positions=positions)
+
+
+def sampling_config(model: ContinuousCGCNN) -> DiffusionConfig | AnnealConfig:
+    """How to sample this model: as its checkpoint says, else by noise levels if it has them, else by annealed MALA."""
+    return model.sampling or (AnnealConfig() if model.noise_features is None else DiffusionConfig())
+
+
+def run_chains(
+    model: ContinuousCGCNN,
+    crystals: Crystals,
+    config: DiffusionConfig | AnnealConfig,
+    rng: Rng,
+    on_step: Callable[[int, object], None] | None = None,
+) -> Crystals:
+    """Chains of a model from given starts."""
+    weight = next(model.parameters())
+    crystals = crystals.to(weight.device).to(weight.dtype)
+    if isinstance(config, DiffusionConfig):
+        return reverse_diffusion(model, crystals, config, rng, on_step)
+    return anneal(model, crystals, config, rng, on_step).crystals
+
+
+def sample_structures(
+    model: ContinuousCGCNN,
+    species: Sequence[str | Sequence[int]],
+    n_samples: int = 20,
+    n_steps: int | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    *,
+    max_bytes: int | None = None,
+    progress: bool = False,
+) -> list[list[Structure]]:
+    """Draw crystals of given species from a trained energy.
+
+    A sample depends on the seed, its formula and its own number only: neither on what else is sampled, nor (but for
+    rounding) on how chains are batched. Entries of one formula therefore get the same samples.
+
+    Args:
+        model: from :func:`contsp_core.load_model`; it is not changed.
+        species: one entry a crystal: the atomic numbers of its cell, or a formula such as ``"BaTiO3"`` (one unit).
+        n_samples: structures for each entry.
+        n_steps: length of the chains; by default as the model's settings say.
+        seed: the same seed on the same machine gives the same structures.
+        device: where to run; by default where the model is.
+        max_bytes: chains are run in batches that fit in so much memory; see :func:`default_max_bytes`.
+        progress: show a progress bar of chain steps.
+
+    Returns:
+        One list of structures per entry, each with its energy (dimensionless) in ``properties["energy"]``.
+
+    Raises:
+        ValueError: on an entry that is no formula and no list of atomic numbers, or a count below 1.
+    """
+    from tqdm.auto import tqdm
+
+    from contsp_core.data import resolve_species
+
+    for name, value in (("n_samples", n_samples), ("n_steps", 1 if n_steps is None else n_steps)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}, expected an integer ≥ 1")
+    entries = [tuple(sorted(numbers)) for numbers in resolve_species(species)]
+    config = sampling_config(model)
+    config = config if n_steps is None else replace(config, n_steps=n_steps)
+    if device is not None:
+        model = copy.deepcopy(model).to(device)
+    chains = [(numbers, n) for numbers in sorted(set(entries), key=lambda e: (len(e), e)) for n in range(n_samples)]
+    max_atoms = (max_bytes or default_max_bytes(model)) // bytes_per_atom(model)
+    batches = pack([len(numbers) for numbers, _ in chains], max_atoms)
+    found: dict[tuple[int, ...], list[Structure]] = {numbers: [] for numbers in entries}
+    with tqdm(total=len(batches) * config.n_steps, desc="sampling", unit="step", disable=not progress) as bar:
+        for batch in batches:
+            rng = [keyed_rng(seed, numbers, number) for numbers, number in chains[batch]]
+            start = start_crystals(model, [numbers for numbers, _ in chains[batch]], rng)
+            crystals = run_chains(model, start, config, rng, lambda *_: bar.update())
+            with torch.no_grad():
+                energies = model(crystals).tolist()
+            for (numbers, _), structure, energy in zip(chains[batch], crystals.to_structures(), energies, strict=True):
+                structure.properties["energy"] = energy
+                found[numbers].append(structure)
+    return [[structure.copy() for structure in found[numbers]] for numbers in entries]
 
 
 def bytes_per_atom(model: ContinuousCGCNN) -> int:
@@ -42,95 +167,3 @@ def default_max_bytes(model: ContinuousCGCNN) -> int:
 
 def _is_fused(model: ContinuousCGCNN) -> bool:
     return model.use_kernels and next(model.parameters()).device.type == "cpu"
-
-
-def sampling_config(model: ContinuousCGCNN) -> DiffusionConfig | AnnealConfig:
-    """How to sample this model: as its checkpoint says, else by noise levels if it has them, else by annealed MALA."""
-    settings = getattr(model, "settings", {}).get("sampling", {})
-    kind = AnnealConfig if model.noise_features is None else DiffusionConfig
-    return kind(**settings)
-
-
-def sample_crystals(
-    model: ContinuousCGCNN,
-    species: Sequence[Sequence[int]],
-    config: DiffusionConfig | AnnealConfig,
-    rng: torch.Generator,
-    on_step: Callable[[int, object], None] | None = None,
-) -> Crystals:
-    """One crystal for each list of atomic numbers, from a random start."""
-    weight = next(model.parameters())
-    if isinstance(config, DiffusionConfig):
-        start = initial_crystals(model, species, rng).to(weight.device).to(weight.dtype)
-        return reverse_diffusion(model, start, config, rng, on_step)
-    start = random_crystals(species, rng).to(weight.device).to(weight.dtype)
-    return anneal(model, start, config, rng, on_step).crystals
-
-
-def sample_structures(
-    model: ContinuousCGCNN,
-    species: Sequence[str | Sequence[int]],
-    n_samples: int = 20,
-    n_steps: int | None = None,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    *,
-    max_bytes: int | None = None,
-    progress: bool = False,
-) -> list[list[Structure]]:
-    """Draw crystals of given species from a trained energy.
-
-    Args:
-        model: from :func:`contsp_core.load_model`.
-        species: one entry a crystal: the atomic numbers of its cell, or a formula such as ``"BaTiO3"`` (one unit).
-        n_samples: structures for each entry.
-        n_steps: length of the chains; by default as the model's settings say.
-        seed: the same seed on the same machine gives the same structures.
-        device: where to run; the model stays where it is by default.
-        max_bytes: chains are run in batches that fit in so much memory; see :func:`default_max_bytes`.
-        progress: show a progress bar of chain steps.
-
-    Returns:
-        One list of structures per entry, each with its energy (dimensionless) in ``properties["energy"]``.
-
-    Raises:
-        ValueError: on an entry that is no formula and no list of atomic numbers, or a count below 1.
-    """
-    from tqdm.auto import tqdm
-
-    from contsp_core.data import resolve_species
-
-    for name, value in (("n_samples", n_samples), ("n_steps", 1 if n_steps is None else n_steps)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, expected ≥ 1")
-    entries = resolve_species(species)
-    config = sampling_config(model)
-    config = config if n_steps is None else replace(config, n_steps=n_steps)
-    model = model if device is None else model.to(device)
-    chains = sorted((index for index in range(len(entries)) for _ in range(n_samples)), key=lambda i: len(entries[i]))
-    results: list[list[Structure]] = [[] for _ in entries]
-    max_atoms = (max_bytes or default_max_bytes(model)) // bytes_per_atom(model)
-    batches = list(_batches(chains, [len(entry) for entry in entries], max_atoms))
-    with tqdm(total=len(batches) * config.n_steps, desc="sampling", unit="step", disable=not progress) as bar:
-        for number, batch in enumerate(batches):
-            rng = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            crystals = sample_crystals(model, [entries[i] for i in batch], config, rng, lambda *_: bar.update())
-            with torch.no_grad():
-                energies = model(crystals).tolist()
-            for index, structure, energy in zip(batch, crystals.to_structures(), energies, strict=True):
-                structure.properties["energy"] = energy
-                results[index].append(structure)
-    return results
-
-
-def _batches(chains: list[int], n_atoms: list[int], max_atoms: int) -> Iterator[list[int]]:
-    """Cut the chains (sorted by size) into batches of at most ``max_atoms`` atoms, at least one chain each."""
-    batch, used = [], 0
-    for chain in chains:
-        if batch and used + n_atoms[chain] > max_atoms:
-            yield batch
-            batch, used = [], 0
-        batch.append(chain)
-        used += n_atoms[chain]
-    if batch:
-        yield batch

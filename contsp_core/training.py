@@ -1,184 +1,98 @@
-"""Training: contrastive divergence as in Figure 1 of the paper, or denoising score matching, on one visible loop.
+"""How does the energy learn? By contrastive divergence (the paper's Figure 1) or score matching, on one visible loop.
 
-``python -m contsp_core.training --dataset perov5 --output runs/perov5.safetensors``
+``python -m contsp_core.training --dataset perov5 --output runs/perov5.safetensors``, or with two processes
+``torchrun --standalone --nproc-per-node 2 -m contsp_core.training --dataset perov5``
+
+Everything random in an update is drawn from the seed, the update and the place of a crystal in its batch. So a run that
+was stopped and resumed, or is shared by several processes, computes what an undisturbed one does.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
-import csv
+import fcntl
+import json
 import math
+import os
 import platform
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
 
-from contsp_core.checkpoints import load_model, save_checkpoint
-from contsp_core.crystals import Crystals, expand_composition, fit_atomic_volumes, reduce_species
+from contsp_core.checkpoints import load_model, read_tensors, save_checkpoint, write_tensors
+from contsp_core.crystals import Crystals, Rng, expand_composition, fit_atomic_volumes, keyed_rng, reduce_species
+from contsp_core.data import DATASETS, choose, load_split
 from contsp_core.diffusion import DiffusionConfig, random_noise_levels, score_matching_step
-from contsp_core.energy import PRESETS, ContinuousCGCNN, EnergyConfig
+from contsp_core.energy import NOISE_LEVELS, PRESETS, ContinuousCGCNN, EnergyConfig
 from contsp_core.lattice import niggli_reduce
-from contsp_core.mala import AnnealConfig, anneal, random_crystals
-from contsp_core.sampler import sample_crystals
+from contsp_core.mala import AnnealConfig, ChainState, anneal
+from contsp_core.sampler import random_crystals
+
+OBJECTIVES = ("score_matching", "contrastive_divergence")
+MAX_RETRIES = 3  # returns to one saved state after a loss that is not finite
+AVERAGE_WARMUP = 10  # updates over which the average forgets its start
+Row = dict[str, float]  # of the log
+Buffer = dict[tuple[int, ...], tuple[Crystals, int]]  # species -> the last sample, and the update that made it
 
 
-class ReplayBuffer:
-    """The last sample of each species list, where persistent chains start."""
-
-    def __init__(self) -> None:
-        self._samples: dict[tuple[int, ...], tuple[Crystals, int]] = {}
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def get(self, species: list[int]) -> tuple[Crystals, int] | None:
-        """The sample and the update that made it."""
-        return self._samples.get(tuple(species))
-
-    def put(self, crystals: Crystals, update: int) -> None:
-        """Remember every crystal of a batch."""
-        for system, species in enumerate(crystals.species):
-            self._samples[tuple(species)] = (crystals[system], update)
-
-
-def contrastive_divergence_step(
-    model: ContinuousCGCNN,
-    crystals: Crystals,
-    config: TrainConfig,
-    rng: torch.Generator,
-    buffer: ReplayBuffer | None = None,
-    update: int = 0,
-) -> dict[str, float]:
-    """Accumulate in ``.grad`` the gradient of mean(E(U) − E(Ũ)) + α (mean E(U)² + mean E(Ũ)²) (Figure 1).
-
-    Ũ is sampled under the current θ, for Expand(Reduce(species)) of every training crystal: the description of a
-    crystal enters through E alone, which is why the training map is strongly re-description invariant.
-
-    Samples come from annealed MALA chains, or, if ``config.chain`` is a ``DiffusionConfig``, down the noise levels.
-
-    Returns:
-        The loss and what the log shows: energies, gap, and of chains acceptance rate, share and age of buffered starts.
-    """
-    species = [
-        expand_composition(reduce_species(numbers), rng, config.expand_p, config.max_atoms)
-        for numbers in crystals.species
-    ]
-    was_training = model.training
-    model.eval().requires_grad_(False)
-    if isinstance(config.chain, DiffusionConfig):
-        samples, row = sample_crystals(model, species, config.chain, rng), {}
-    else:
-        samples, row = _persistent_chains(model, crystals, species, config, rng, buffer, update)
-    model.train(was_training).requires_grad_(True)
-    real, sampled = model(crystals), model(samples)
-    penalty = config.energy_penalty * (real.square().mean() + sampled.square().mean())
-    loss = (real.mean() - sampled.mean()) + penalty
-    loss.backward()
-    return {
-        "loss": float(loss.detach()),
-        "energy_real": float(real.detach().mean()),
-        "energy_sample": float(sampled.detach().mean()),
-        "gap": float((real.mean() - sampled.mean()).detach()),
-    } | row
-
-
-def _persistent_chains(
-    model: ContinuousCGCNN,
-    crystals: Crystals,
-    species: list[list[int]],
-    config: TrainConfig,
-    rng: torch.Generator,
-    buffer: ReplayBuffer | None,
-    update: int,
-) -> tuple[Crystals, dict[str, float]]:
-    """Annealed MALA from fresh starts and from the buffer, which keeps the result; and what the log shows of it."""
-    initial, start, ages = _chain_starts(species, config, rng, buffer, update)
-    accepted: list[Tensor] = []
-    record = lambda _, state: accepted.append(state.accepted.float().mean())  # noqa: E731
-    initial = initial.to(crystals.cell.device).to(crystals.cell.dtype)
-    state = anneal(model, initial, config.chain, rng, record, start)
-    if buffer is not None:
-        buffer.put(state.crystals.to("cpu"), update)  # where fresh starts are drawn
-    return state.crystals, {
-        "acceptance_rate": float(torch.stack(accepted).mean()),
-        "buffer_share": len(ages) / len(species),
-        "buffer_age": float(np.mean(ages)) if ages else 0.0,
-        "n_nonfinite": int(state.n_nonfinite.sum()),
-    }
-
-
-def _chain_starts(
-    species: list[list[int]], config: TrainConfig, rng: torch.Generator, buffer: ReplayBuffer | None, update: int
-) -> tuple[Crystals, Tensor, list[int]]:
-    """Fresh or buffered starts, where on its schedules each begins, and the ages (updates) of the buffered ones."""
-    starts = random_crystals(species, rng)
-    persistent = torch.rand(len(species), generator=rng) < config.buffer_share
-    start = torch.zeros(len(species))
-    parts, ages = [], []
-    for system, numbers in enumerate(species):
-        found = buffer.get(numbers) if buffer is not None and persistent[system] else None
-        if found is not None:
-            start[system] = config.buffer_start
-            ages.append(update - found[1])
-        parts.append(starts[system] if found is None else found[0])
-    return Crystals.cat(parts), start, ages
+LIMITS = {  # of the settings below; whole numbers where the limits are
+    "n_updates": (1, 2**62), "time_limit_s": (1e-3, 1e9), "batch_size": (1, 2**31), "learning_rate": (0.0, 1e3),
+    "warmup": (0, 2**62), "final_learning_rate": (0.0, 1.0), "weight_decay": (0.0, 1e3), "clip_norm": (1e-9, 1e9),
+    "ema_decay": (0.0, 1.0), "energy_penalty": (0.0, 1e9), "expand_p": (1e-3, 1.0), "max_atoms": (1, 2**31),
+    "buffer_share": (0.0, 1.0), "buffer_start": (0.0, 1.0), "seed": (0, 2**62),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one training run; the defaults are the paper's."""
+    """Settings of one training run, checked; the defaults are those of score matching."""
 
-    objective: Literal["contrastive_divergence", "score_matching"] = "contrastive_divergence"
-    n_updates: int = 445  # 5 epochs of Perov-5
-    time_limit_s: float | None = None  # stop after so long, if that comes first; the learning rate follows
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    warmup: int = 0  # updates
-    final_learning_rate: float = 1.0  # fraction of learning_rate reached by a cosine
-    weight_decay: float = 0.0
-    clip_norm: float | None = None
-    ema_decay: float = 0.0  # of the weights that are kept; 0 keeps the last ones
+    objective: str = "score_matching"
+    n_updates: int | None = 20_000  # None: until the time is over
+    time_limit_s: float | None = None  # whichever comes first; the learning rate follows
+    batch_size: int = 128  # of all processes together
+    learning_rate: float = 2e-3
+    warmup: int = 100  # updates
+    final_learning_rate: float = 0.01  # fraction of learning_rate reached by a cosine
+    weight_decay: float = 1e-4
+    clip_norm: float | None = 1.0
+    ema_decay: float = 0.999  # of the weights that are kept; 0 keeps the last ones
     energy_penalty: float = 0.1  # α of mean E² (contrastive divergence)
     expand_p: float = 0.5
     max_atoms: int | None = None  # of an expanded composition
-    chain: AnnealConfig | DiffusionConfig = field(default_factory=AnnealConfig)
+    chain: AnnealConfig = field(default_factory=AnnealConfig)
     buffer_share: float = 0.0  # chains that start at an earlier sample of the same species; the others start afresh
     buffer_start: float = 1 / 3  # how far down the schedules such a chain begins; a third is T = 0.1
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective is {self.objective!r}, expected one of {', '.join(OBJECTIVES)}")
+        for name, (least, most) in LIMITS.items():
+            value = getattr(self, name)
+            if value is None and name in ("n_updates", "time_limit_s", "max_atoms", "clip_norm"):
+                continue
+            if not isinstance(value, type(least) | int) or not least <= value <= most:
+                raise ValueError(f"{name} is {value!r}, expected {least} … {most}")
+        if self.n_updates is None and self.time_limit_s is None:
+            raise ValueError("n_updates is None, expected a number where there is no time_limit_s")
 
-SCORE_MATCHING = TrainConfig(
-    objective="score_matching",
-    n_updates=20_000,
-    learning_rate=2e-3,
-    warmup=100,
-    final_learning_rate=0.01,
-    weight_decay=1e-4,
-    clip_norm=1.0,
-    ema_decay=0.999,
-)
-FINE_TUNING = TrainConfig(
-    n_updates=100,
-    learning_rate=1e-4,
-    clip_norm=1.0,
-    ema_decay=0.95,
-    energy_penalty=0.0,  # the energy has its scale from score matching
-    expand_p=1.0,  # one formula unit
-    chain=DiffusionConfig(),
-)  # contrastive divergence after score matching
-NOISY = EnergyConfig(
-    width=96, n_basis=64, basis_max=12.0, basis_width=1.5, cutoff_multiple=2.5, density_weight=0.1,
-    spectral_norm=False, noise_min=0.02, noise_max=1.5,
+
+PAPER = TrainConfig(
+    objective="contrastive_divergence", n_updates=445, learning_rate=1e-3, warmup=0, final_learning_rate=1.0,
+    weight_decay=0.0, clip_norm=None, ema_decay=0.0,
 )  # fmt: skip
-
+EPOCHS = {"perov5": (5, 11356), "mp20": (5, 27136), "mpts52": (3, 27380), "carbon24": (2, 6091)}  # published; crystals
 SAMPLING = {  # chosen on validation crystals of Perov-5 and MP-20; MPTS-52 takes a shorter chain of MP-20's kind
     "perov5": DiffusionConfig(noise_scale=0.0),
     "mp20": DiffusionConfig(250, anneal_share=0.72),
@@ -186,34 +100,86 @@ SAMPLING = {  # chosen on validation crystals of Perov-5 and MP-20; MPTS-52 take
 }
 
 
-def preset(dataset: str, objective: str = "score_matching") -> tuple[EnergyConfig, TrainConfig]:
-    """Settings of energy and training for a data set.
-
-    ``contrastive_divergence`` is the paper's, as published; ``fine_tuning`` is contrastive divergence that starts from
-    a checkpoint trained by ``score_matching``.
+def preset(dataset: str, objective: str = TrainConfig.objective) -> tuple[EnergyConfig, TrainConfig]:
+    """Settings of energy and training for a data set; ``contrastive_divergence`` is the paper's, as published.
 
     Raises:
-        ValueError: on an unknown objective.
+        ValueError: on an unknown data set or objective.
     """
-    if objective in ("score_matching", "fine_tuning"):
-        # cells of one shape need little strain; where shapes differ, atoms and cell must find their places together
-        strain_noise, noise_default = (0.1, 0.3) if dataset == "perov5" else (0.2, 0.4)
-        energy = replace(NOISY, strain_noise=strain_noise, noise_default=noise_default)
-        batch_size = 64 if dataset == "mpts52" else 128  # large cells take longer
-        return energy, replace(SCORE_MATCHING, batch_size=batch_size) if objective == "score_matching" else FINE_TUNING
-    if objective != "contrastive_divergence":
-        names = "'score_matching', 'contrastive_divergence' or 'fine_tuning'"
-        raise ValueError(f"objective is {objective!r}, expected {names}")
-    epochs, n_train = {"mp20": (5, 27136), "mpts52": (3, 27380), "carbon24": (2, 6091)}.get(dataset, (5, 11356))
-    energy = PRESETS.get(dataset, EnergyConfig())
-    return energy, TrainConfig(n_updates=math.ceil(n_train / TrainConfig.batch_size) * epochs)
+    if dataset not in DATASETS:
+        raise ValueError(f"dataset is {dataset!r}, expected one of {', '.join(DATASETS)}")
+    if objective == "contrastive_divergence":
+        epochs, n_train = EPOCHS.get(dataset, EPOCHS["perov5"])
+        return PRESETS.get(dataset, EnergyConfig()), replace(PAPER, n_updates=epochs * -(-n_train // PAPER.batch_size))
+    # cells of one shape need little strain; where shapes differ, atoms and cell must find their places together
+    strain_noise, noise_default = (0.1, 0.3) if dataset == "perov5" else (0.2, 0.4)
+    energy = replace(NOISE_LEVELS, strain_noise=strain_noise, noise_default=noise_default)
+    return energy, TrainConfig(objective, batch_size=64 if dataset == "mpts52" else 128)  # large cells take longer
 
 
-def initial_model(crystals: Crystals, energy: EnergyConfig, seed: int) -> ContinuousCGCNN:
+def contrastive_divergence_step(
+    model: nn.Module, crystals: Crystals, config: TrainConfig, rng: Rng, buffer: Buffer | None = None, update: int = 0
+) -> Row:
+    """Accumulate in ``.grad`` the gradient of mean(E(U) − E(Ũ)) + α (mean E(U)² + mean E(Ũ)²) (paper, Figure 1).
+
+    A training crystal U enters through its composition and through E alone, neither of which knows how it is described:
+    that is why the training map is strongly re-description invariant.
+
+    Returns:
+        Loss, energies and their gap; of the chains: acceptance rate, share of non-finite proposals, share of buffered
+        starts, and the mean age of starts (updates; 0 for fresh ones).
+    """
+    rng = [rng] * len(crystals) if isinstance(rng, torch.Generator) else rng
+    compositions = [reduce_species(numbers) for numbers in crystals.species]  # Reduce
+    species = [expand_composition(c, own, config.expand_p, config.max_atoms) for c, own in zip(compositions, rng)]
+    samples, row = _sample(model, species, config, rng, buffer, update)  # Ũ ~ exp(−E / T), by MALA under the current θ
+    real, sampled = model(crystals), model(samples)
+    gap = real.mean() - sampled.mean()
+    loss = gap + config.energy_penalty * (real.square().mean() + sampled.square().mean())
+    loss.backward()  # the optimiser's update follows in train_step
+    means = {"loss": loss, "energy_real": real.mean(), "energy_sample": sampled.mean(), "gap": gap}
+    return {name: value.item() for name, value in means.items()} | row
+
+
+def _sample(
+    model: nn.Module, species: list[list[int]], config: TrainConfig, rng: Rng, buffer: Buffer | None, update: int
+) -> tuple[Crystals, Row]:
+    """Ũ from fresh starts and from the buffer, which keeps the result; and what the log shows of the chains."""
+    energy = copy.deepcopy(model).eval().requires_grad_(False)  # chains need no gradient in θ, and leave it alone
+    starts, begin, ages = random_crystals(species, rng), torch.zeros(len(species)), []
+    if buffer:
+        parts = [starts[system] for system in range(len(species))]
+        for system, (numbers, own) in enumerate(zip(species, rng)):
+            found = buffer.get(tuple(numbers))
+            if torch.rand((), generator=own) < config.buffer_share and found is not None:
+                parts[system], begin[system] = found[0].to(starts.cell.dtype), config.buffer_start
+                ages.append(update - found[1])
+        starts = Crystals.cat(parts)
+    rates: list[float] = []
+
+    def record(_: int, state: ChainState) -> None:
+        rates.append(state.accepted.float().mean().item())
+
+    weight = next(model.parameters())
+    state = anneal(energy, starts.to(weight.device).to(weight.dtype), config.chain, rng, record, begin)
+    if buffer is not None and config.buffer_share > 0:
+        kept = state.crystals.to("cpu")
+        buffer |= {tuple(numbers): (kept[system], update) for system, numbers in enumerate(species)}
+    return state.crystals, {
+        "acceptance_rate": sum(rates) / len(rates),
+        "nonfinite_rate": state.n_nonfinite.float().mean().item() / len(rates),
+        "buffer_share": len(ages) / len(species),
+        "buffer_age": sum(ages) / len(species),
+    }
+
+
+def initial_model(
+    crystals: Crystals, energy: EnergyConfig, seed: int, sampling: AnnealConfig | DiffusionConfig | None = None
+) -> ContinuousCGCNN:
     """A model with random weights; with noise levels, also the atomic volumes and cell shapes of training crystals."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ContinuousCGCNN(energy)
+        model = ContinuousCGCNN(energy, sampling)
     if energy.noise_max is not None:
         volumes = fit_atomic_volumes(crystals.species, crystals.volume.double().cpu().numpy())
         model.atomic_volume.copy_(torch.as_tensor(volumes))
@@ -224,55 +190,118 @@ def initial_model(crystals: Crystals, energy: EnergyConfig, seed: int) -> Contin
     return model
 
 
-def train(
-    model: ContinuousCGCNN, crystals: Crystals, config: TrainConfig, stop: Callable[[], bool] | None = None
-) -> Iterator[tuple[dict[str, float], ContinuousCGCNN]]:
-    """Update after update: yields (log row, averaged model). The model given is trained in place.
+class TrainState:
+    """All that training has made so far; :meth:`save` and :meth:`load` keep every bit of it."""
 
-    Args:
-        model: from :func:`initial_model` or :func:`contsp_core.checkpoints.load_model`.
-        crystals: all training crystals, float32, on the CPU; batches are moved to the model's device.
-        config: settings.
-        stop: called after each update; true ends the run.
+    def __init__(self, model: ContinuousCGCNN, config: TrainConfig) -> None:
+        self.model = model.requires_grad_(True).train()
+        self.averaged = copy.deepcopy(model).requires_grad_(False).eval()
+        self.optimiser = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay)
+        self.buffer: Buffer = {}
+        self.update = 0
+        self.elapsed_s = 0.0
+        self.n_retries = 0  # it enters the random numbers: the same ones would lead to the same failure
+        self.log_bytes = 0
+        self.last_row: Row = {}
+        self.stopped_by: int | None = None  # the signal that ended the run early
+
+    def save(self, path: Path, settings: dict[str, Any]) -> None:
+        """Write everything to one file, whole or not at all."""
+        groups = {"model": self.model.state_dict(), "averaged": self.averaged.state_dict()}
+        groups |= {str(index): entry for index, entry in self.optimiser.state_dict()["state"].items()}
+        if self.buffer:
+            crystals, updates = zip(*self.buffer.values())
+            groups["buffer"] = vars(Crystals.cat(crystals)) | {"update": torch.tensor(updates)}
+        tensors = {f"{group}/{name}": tensor for group, entry in groups.items() for name, tensor in entry.items()}
+        progress = {name: getattr(self, name) for name in ("update", "elapsed_s", "n_retries", "log_bytes", "last_row")}
+        write_tensors(path, tensors, {"settings": json.dumps(settings), "progress": json.dumps(progress)})
+
+    def load(self, path: Path, settings: dict[str, Any]) -> None:
+        """Go on where a saved state stopped; a ValueError tells of damage, or of a run with other settings."""
+        tensors, metadata = read_tensors(path)
+        saved = json.loads(metadata.get("settings", "{}"))
+        for name, value in json.loads(json.dumps(settings)).items():
+            if saved.get(name) != value:
+                raise ValueError(f"{path} was saved with {name} = {saved.get(name)}, expected {value} to go on from it")
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            group, _, key = name.partition("/")
+            groups.setdefault(group, {})[key] = tensor
+        self.model.load_state_dict(groups.pop("model"))
+        self.averaged.load_state_dict(groups.pop("averaged"))
+        self.buffer = {}
+        if "buffer" in groups:
+            updates, kept = groups["buffer"].pop("update").tolist(), Crystals(**groups.pop("buffer"))
+            self.buffer = {tuple(kept.species[n]): (kept[n], update) for n, update in enumerate(updates)}
+        entries = {int(index): entry for index, entry in groups.items()}
+        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": entries})
+        vars(self).update(json.loads(metadata["progress"]))
+
+
+def train_step(state: TrainState, crystals: Crystals, config: TrainConfig, progress: float) -> Row:
+    """One update on one batch, shared by all processes; returns the row of the log.
+
+    The state changes in place, unless loss or gradient is not finite. ``crystals`` are all training crystals, on the
+    CPU; ``progress`` is the share of the training that is done, 0 … 1, and sets the learning rate.
     """
-    rng = torch.Generator().manual_seed(config.seed)
-    device = next(model.parameters()).device
-    optimiser = torch.optim.AdamW(model.requires_grad_(True).parameters(), weight_decay=config.weight_decay)
-    averaged = copy.deepcopy(model).requires_grad_(False).eval()
-    buffer = ReplayBuffer()
-    started = time.monotonic()
-    model.train()
-    for update, chosen in enumerate(_batches(crystals.n_systems, config, rng)):
-        elapsed = time.monotonic() - started
-        progress = max(update / config.n_updates, elapsed / (config.time_limit_s or math.inf))
-        if progress >= 1:
-            return
-        learning_rate = _learning_rate(config, update, progress)
-        for group in optimiser.param_groups:
+    model, key = state.model, (config.seed, state.update, state.n_retries)
+    chosen = _batch(len(crystals), config, state.update)
+    rank, n_ranks = _rank()
+    places = torch.arange(len(chosen)).tensor_split(n_ranks)[rank]
+    weight = len(places) / len(chosen)
+    places = places if len(places) else torch.tensor([0])  # a process without a crystal takes one with weight zero
+    rng = [keyed_rng("crystal", *key, place) for place in places.tolist()]
+    batch = crystals[chosen[places]].to(next(model.parameters()).device)
+    state.optimiser.zero_grad()
+    if config.objective == "score_matching":
+        sigma = random_noise_levels(model, len(chosen), keyed_rng("sigma", *key))
+        row = score_matching_step(model, batch, sigma[places].to(batch.cell.device), rng)
+    else:
+        row = contrastive_divergence_step(model, batch, config, rng, state.buffer, state.update)
+    if n_ranks > 1:
+        row = _average_over_ranks(state, row, weight)
+    limit = math.inf if config.clip_norm is None else config.clip_norm
+    gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+    learning_rate = _learning_rate(config, state.update, progress)
+    if math.isfinite(row["loss"]) and math.isfinite(gradient_norm):
+        for group in state.optimiser.param_groups:
             group["lr"] = learning_rate
-        batch = crystals[chosen].to(device)
-        optimiser.zero_grad()
-        if config.objective == "score_matching":
-            sigma = random_noise_levels(model, batch.n_systems, rng).to(device)
-            row = score_matching_step(model, batch, sigma, rng)
-        else:
-            row = contrastive_divergence_step(model, batch, config, rng, buffer, update)
-        limit = math.inf if config.clip_norm is None else config.clip_norm
-        gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-        if not math.isfinite(row["loss"]) or not torch.isfinite(gradient_norm):
-            raise FloatingPointError(f"update {update}: loss {row['loss']}, gradient norm {float(gradient_norm)}")
-        optimiser.step()
-        _average(averaged, model, min(config.ema_decay, (1 + update) / (10 + update)))
-        row |= {"gradient_norm": float(gradient_norm), "learning_rate": learning_rate}
-        yield {"update": update, "elapsed_s": time.monotonic() - started} | row, averaged
-        if stop is not None and stop():
-            return
+        state.optimiser.step()
+        decay = min(config.ema_decay, (1 + state.update) / (AVERAGE_WARMUP + state.update))
+        for kept, new in zip(state.averaged.parameters(), model.parameters(), strict=True):
+            kept.lerp_(new.detach(), 1 - decay)
+        for kept, new in zip(state.averaged.buffers(), model.buffers(), strict=True):
+            kept.copy_(new)
+        state.update += 1
+    return row | {"gradient_norm": gradient_norm, "learning_rate": learning_rate}
 
 
-def _batches(n_systems: int, config: TrainConfig, rng: torch.Generator) -> Iterator[Tensor]:
-    """Epoch after epoch of shuffled indices, cut into batches (the last one of an epoch may be smaller)."""
-    while True:
-        yield from torch.randperm(n_systems, generator=rng).split(config.batch_size)
+def _batch(n_systems: int, config: TrainConfig, update: int) -> Tensor:
+    """Indices of the crystals of an update: every epoch is shuffled anew, its last batch may be smaller."""
+    epoch, position = divmod(update, -(-n_systems // config.batch_size))
+    order = torch.randperm(n_systems, generator=keyed_rng("epoch", config.seed, epoch))
+    return order[position * config.batch_size : (position + 1) * config.batch_size]
+
+
+def _rank() -> tuple[int, int]:
+    """The number of this process among those of a distributed run, and how many there are."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def _average_over_ranks(state: TrainState, row: Row, weight: float) -> Row:
+    """Gradients and log row as those of the whole batch; new samples in the buffer are shared."""
+    if state.buffer:
+        new: list[Buffer] = [{}] * distributed.get_world_size()
+        distributed.all_gather_object(new, {k: v for k, v in state.buffer.items() if weight and v[1] == state.update})
+        for samples in new:
+            state.buffer |= samples
+    grads = [parameter.grad for parameter in state.model.parameters()]
+    flat = weight * torch.cat([grads[0].new_tensor(list(row.values())), *(grad.flatten() for grad in grads)])
+    distributed.all_reduce(flat)
+    torch.nn.utils.vector_to_parameters(flat[len(row) :], grads)
+    return dict(zip(row, flat[: len(row)].tolist(), strict=True))
 
 
 def _learning_rate(config: TrainConfig, update: int, progress: float) -> float:
@@ -282,135 +311,247 @@ def _learning_rate(config: TrainConfig, update: int, progress: float) -> float:
     return config.learning_rate * warm * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
 
 
-@torch.no_grad()
-def _average(averaged: ContinuousCGCNN, model: ContinuousCGCNN, decay: float) -> None:
-    """averaged ← decay · averaged + (1 − decay) · model; buffers are copied."""
-    for kept, new in zip(averaged.parameters(), model.parameters(), strict=True):
-        kept.lerp_(new, 1 - decay)
-    for kept, new in zip(averaged.buffers(), model.buffers(), strict=True):
-        kept.copy_(new)
+@dataclass(frozen=True)
+class Job:
+    """What to train, on what, and where results go."""
+
+    dataset: str
+    output: Path  # ….safetensors; beside it ….csv, the log, and ….state, from which a stopped run goes on
+    energy: EnergyConfig
+    config: TrainConfig
+    n_structures: int | None = None  # use only so many training crystals, chosen by the seed
+    initial: str | Path | None = None  # checkpoint to start from; ``energy`` is then not used
+    device: str = "cpu"
+    resume: bool = False  # go on from ….state, if there is one
+    overwrite: bool = False  # begin anew in the place of an earlier run
+    save_every_s: float = 120.0
+
+    @property
+    def log(self) -> Path:
+        return self.output.with_suffix(".csv")
+
+    @property
+    def state(self) -> Path:
+        return self.output.with_suffix(".state")
+
+    def check(self) -> None:
+        """Refuse, by a ValueError, a device that does not work and files that are not there to be written."""
+        if not 0 < self.save_every_s < math.inf:
+            raise ValueError(f"save_every_s is {self.save_every_s}, expected a positive number")
+        try:
+            torch.zeros(1, device=self.device).item()
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device is {self.device!r}, which fails: {str(error).splitlines()[0]}") from None
+        if self.output.suffix != ".safetensors":
+            raise ValueError(f"output is {str(self.output)!r}, expected a path that ends in .safetensors")
+        existing = [path for path in (self.output, self.log, self.state) if path.exists()]
+        for path in existing:
+            if not path.is_file():
+                raise ValueError(f"output needs {str(path)!r}, which is no regular file; choose another name")
+        if self.log in existing:
+            with self.log.open("rb") as log:
+                if log.read(16) not in (b"", b"update,elapsed_s"):
+                    raise ValueError(f"output would overwrite {str(self.log)!r}, which is no training log")
+        existing = [path for path in existing if path.stat().st_size]
+        if existing and not (self.resume or self.overwrite):
+            raise ValueError(f"output {str(existing[0])!r} exists; resume goes on from it, overwrite begins anew")
+        if existing and self.state not in existing and not self.overwrite:
+            raise ValueError(f"resume needs {str(self.state)!r}, which is missing; overwrite begins anew")
 
 
-def run(
-    dataset: str,
-    energy: EnergyConfig,
-    config: TrainConfig,
-    output: str | Path,
-    *,
-    n_structures: int | None = None,
-    initial: str | Path | None = None,
-    validate: Callable[[ContinuousCGCNN], float] | None = None,
-    validate_every: int = 1000,
-    patience: int = 5,
-    on_row: Callable[[dict[str, float]], None] | None = None,
-    device: str = "cpu",
-) -> list[dict[str, float]]:
-    """Train on the training split of a data set; write checkpoint, settings and log.
+def run(job: Job, on_row: Callable[[Row], None] | None = None) -> TrainState:
+    """Train; write checkpoint, log and state every few minutes, at the end, and on SIGINT or SIGTERM.
 
     Args:
-        dataset: name known to :func:`contsp_core.data.load_split`.
-        energy: settings of the model; not used if ``initial`` is given.
-        config: settings of the training.
-        output: the checkpoint, ``….safetensors``; the log is written beside it as ``….csv``, row by row.
-        n_structures: use only so many training crystals, chosen by the seed.
-        initial: checkpoint to start from instead of random weights, for example to follow score matching by contrastive
-            divergence.
-        validate: scores a model, higher is better; the best model is the one saved. Without it, the last one is.
-        validate_every: updates between two validations.
-        patience: stop after so many validations without a new best.
-        on_row: called with every log row.
-        device: where to train.
+        job: everything.
+        on_row: called with every row of the log.
 
-    Returns:
-        The log, one row an update.
+    Raises:
+        ValueError: before any work, on settings or files that do not fit.
+        FloatingPointError: after three returns to one saved state because of a loss that is not finite.
+        OSError: if a save fails; the last saved state is then intact.
     """
-    from contsp_core.data import load_split
-
-    split = load_split(dataset, "train")
+    job.check()
+    split = load_split(job.dataset, "train")
     crystals = split.crystals.to(torch.float32)
-    if n_structures is not None and n_structures < len(crystals):
-        order = torch.randperm(len(crystals), generator=torch.Generator().manual_seed(config.seed))
-        crystals = crystals[order[:n_structures].sort().values]
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    model = (initial_model(crystals, energy, config.seed) if initial is None else load_model(initial)).to(device)
-    sampling = SAMPLING.get(dataset, DiffusionConfig())
+    if job.n_structures is not None:
+        crystals = crystals[choose(range(len(crystals)), job.n_structures, job.config.seed)]
+    model, config, (rank, n_ranks) = _starting_model(job, crystals).to(job.device), job.config, _rank()
     settings = {
-        "dataset": dataset,
-        "data": {
-            "path": Path(split.source.path).name,
-            "blob_id": split.source.blob_id,
-            "official": split.source.official,
-        },
+        "dataset": job.dataset,
+        "data": {"path": Path(split.source.path).name, "blob_id": split.source.blob_id},
         "n_structures": len(crystals),
-        "initial": None if initial is None else str(initial),
-        "training": asdict(config),
-        "sampling": asdict(sampling if model.config.noise_max is not None else config.chain),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}",
+        "initial": None if job.initial is None else Path(job.initial).name,
+        "energy": asdict(model.config),
+        "training": asdict(config) | {"n_updates": None, "time_limit_s": None},  # a resumed run may be longer
     }
-    history: list[dict[str, float]] = []
-    best, since_best, averaged = -math.inf, 0, model
-    with output.with_suffix(".csv").open("w", newline="") as log:
-        writer = None
-        for row, averaged in train(model, crystals, config):
-            if validate is not None and (row["update"] + 1) % validate_every == 0:
-                row["validation"] = validate(averaged)
-                since_best += 1
-                if row["validation"] > best:
-                    best, since_best = row["validation"], 0
-                    save_checkpoint(output, averaged, settings | _progress(row))
-            history.append(row)
-            if writer is None:
-                columns = [name for name in row if name != "validation"] + ["validation"] * (validate is not None)
-                writer = csv.DictWriter(log, columns)
-                writer.writeheader()
-            writer.writerow(row)
-            if on_row is not None:
+    state, rows, saved = TrainState(model, config), [], -math.inf
+    with _open_log(job) if rank == 0 else contextlib.nullcontext() as log, _signals(state):
+        if job.resume and job.state.is_file():
+            state.load(job.state, settings)
+        if n_ranks > 1:
+            distributed.barrier()  # all have read the state before it is written
+        started = time.monotonic() - state.elapsed_s
+        while True:
+            progress = _progress(state, config, started)
+            if progress >= 1 or time.monotonic() - saved > job.save_every_s:
+                _save(job, state, settings, rows, log)
+                saved, rows = time.monotonic(), []
+            if progress >= 1:
+                return state
+            row = {"update": state.update, "elapsed_s": round(state.elapsed_s, 3)}
+            row |= train_step(state, crystals, config, progress)
+            if state.update == row["update"]:
+                _return_to_saved_state(job, state, settings, row)
+                rows = []
+                continue
+            rows.append(row)
+            if on_row is not None and rank == 0:
                 on_row(row)
-            if since_best >= patience:
-                break
-    if best == -math.inf:
-        save_checkpoint(output, averaged, settings | _progress(history[-1]))
-    return history
 
 
-def _progress(row: dict[str, float]) -> dict[str, Any]:
-    return {"n_updates": row["update"] + 1, "elapsed_s": round(row["elapsed_s"], 1), "last_row": row}
+def _starting_model(job: Job, crystals: Crystals) -> ContinuousCGCNN:
+    sampling = SAMPLING.get(job.dataset) if job.energy.noise_max is not None else job.config.chain
+    model = load_model(job.initial) if job.initial else initial_model(crystals, job.energy, job.config.seed, sampling)
+    if job.config.objective == "score_matching" and model.config.noise_max is None:
+        raise ValueError("noise_max of the energy is None, but score_matching needs an energy with noise levels")
+    return model
 
 
-def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m contsp_core.training", description=__doc__)
-    parser.add_argument("--dataset", required=True, help="prototypes, perov5, mp20, mpts52 or carbon24")
+def _progress(state: TrainState, config: TrainConfig, started: float) -> float:
+    """Share of the training that is done, the same for all processes; infinite after a signal."""
+    device = next(state.model.parameters()).device
+    agreed = torch.tensor([time.monotonic() - started, state.stopped_by or 0], dtype=torch.float64, device=device)
+    if _rank()[1] > 1:
+        distributed.all_reduce(agreed, distributed.ReduceOp.MAX)
+    state.elapsed_s, stopped_by = agreed.tolist()
+    if stopped_by:
+        state.stopped_by = int(stopped_by)
+        return math.inf
+    return max(state.update / (config.n_updates or math.inf), state.elapsed_s / (config.time_limit_s or math.inf))
+
+
+def _return_to_saved_state(job: Job, state: TrainState, settings: dict[str, Any], row: Row) -> None:
+    n_retries, elapsed_s = state.n_retries + 1, state.elapsed_s
+    state.load(job.state, settings)
+    if n_retries - state.n_retries > MAX_RETRIES:
+        raise FloatingPointError(
+            f"update {row['update']}: loss {row['loss']}, gradient norm {row['gradient_norm']}; going back "
+            f"{MAX_RETRIES} times to update {state.update} did not help; a smaller learning_rate or clip_norm may"
+        )
+    state.n_retries, state.elapsed_s = n_retries, elapsed_s
+
+
+@contextlib.contextmanager
+def _open_log(job: Job) -> Iterator[IO[bytes]]:
+    """The log file, locked as long as the run lasts."""
+    try:
+        job.output.parent.mkdir(parents=True, exist_ok=True)
+        log = job.log.open("ab")
+    except OSError as error:
+        raise ValueError(f"output {str(job.output)!r} cannot be written: {error.strerror}") from None
+    with log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"output {str(job.output)!r} belongs to a training that is running") from None
+        job.check()  # again: another run may have come and gone meanwhile
+        for path in job.output.parent.glob(".*.tmp"):  # left by a run that was killed while it wrote
+            if path.name.startswith((f".{job.output.name}-", f".{job.state.name}-")):
+                path.unlink()
+        if not job.resume:
+            job.state.unlink(missing_ok=True)
+        yield log
+
+
+def _save(job: Job, state: TrainState, settings: dict[str, Any], rows: list[Row], log: IO[bytes] | None) -> None:
+    """Log, then state, then checkpoint: a state knows the length of its log, which is cut back to it on resuming."""
+    if log is None:  # another process saves
+        return
+    lines = [",".join(map(str, row.values())) for row in rows]
+    if rows:
+        state.last_row = rows[-1]
+        lines = lines if state.log_bytes else [",".join(rows[0]), *lines]
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {job.device}"
+    done = {"n_updates": state.update, "elapsed_s": round(state.elapsed_s, 1), "n_retries": state.n_retries}
+    made = settings | {"training": asdict(job.config), "machine": machine, "last_row": state.last_row} | done
+    try:
+        if os.fstat(log.fileno()).st_size < state.log_bytes:
+            raise ValueError(f"log {str(job.log)!r} is shorter than when {str(job.state)!r} was saved")
+        log.truncate(state.log_bytes)
+        log.write("".join(f"{line}\n" for line in lines).encode())
+        log.flush()
+        os.fsync(log.fileno())
+        state.log_bytes = os.fstat(log.fileno()).st_size
+        state.save(job.state, settings)
+        save_checkpoint(job.output, state.averaged, made)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{job.output} cannot be saved: {reason}; what was saved before is intact") from error
+
+
+@contextlib.contextmanager
+def _signals(state: TrainState) -> Iterator[None]:
+    """SIGINT and SIGTERM end the run after the update in progress; a second one ends it at once."""
+
+    def stop(number: int, _: object) -> None:
+        if state.stopped_by:
+            raise KeyboardInterrupt
+        state.stopped_by = number
+
+    is_main = threading.current_thread() is threading.main_thread()
+    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train as the command line says; what goes wrong is told in one line, rows of the log appear on stderr."""
+    options = _parse_arguments(arguments)
+    try:
+        energy, config = preset(options.dataset, options.objective)
+        limit = None if options.minutes is None else 60 * options.minutes
+        n_updates = config.n_updates if options.n_updates is None and limit is None else options.n_updates
+        config = replace(config, seed=options.seed, time_limit_s=limit, n_updates=n_updates)
+        output = options.output or Path("runs") / f"{options.dataset}.safetensors"
+        chosen = {name: getattr(options, name) for name in ("n_structures", "initial", "device", "resume", "overwrite")}
+        if "LOCAL_RANK" in os.environ:  # started by torchrun
+            is_cuda = options.device == "cuda"
+            chosen |= {"device": f"cuda:{os.environ['LOCAL_RANK']}"} if is_cuda else {}
+            distributed.init_process_group("nccl" if is_cuda else "gloo")
+        state = run(Job(options.dataset, output, energy, config, **chosen), _print_row)
+    except (ValueError, FloatingPointError, OSError) as error:
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from None
+    finally:
+        if _rank()[1] > 1:
+            distributed.destroy_process_group()
+    if state.stopped_by:
+        print(f"stopped after {state.update} updates; --resume goes on", file=sys.stderr)
+        raise SystemExit(128 + state.stopped_by)
+
+
+def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m contsp_core.training", description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", required=True, choices=DATASETS)
     parser.add_argument("--output", type=Path, help="checkpoint to write (default runs/<dataset>.safetensors)")
-    objectives = "score_matching, contrastive_divergence, or fine_tuning of an initial checkpoint"
-    parser.add_argument("--objective", default="score_matching", help=objectives)
+    parser.add_argument("--objective", default=TrainConfig.objective, choices=OBJECTIVES)
     parser.add_argument("--initial", help="checkpoint to start from instead of random weights")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; the learning rate follows")
     parser.add_argument("--n-updates", type=int, help="updates, instead of the preset's")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--n-structures", type=int, help="use only so many training crystals")
+    parser.add_argument("--seed", type=int, default=TrainConfig.seed)
+    parser.add_argument("--device", default=Job.device, help="cpu, cuda or cuda:<n>; with torchrun, cuda is one each")
+    parser.add_argument("--resume", action="store_true", help="go on from a saved state, if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew in the place of an earlier run")
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str]) -> None:
-    """Train as the command line says, with a progress bar on stderr."""
-    from tqdm import tqdm
-
-    options = _parse_arguments(arguments)
-    if options.objective == "fine_tuning" and options.initial is None:
-        raise SystemExit("--initial is missing, expected the checkpoint that fine_tuning starts from")
-    energy, config = preset(options.dataset, options.objective)
-    limit = None if options.minutes is None else 60 * options.minutes
-    n_updates = options.n_updates or (config.n_updates if limit is None else sys.maxsize)
-    config = replace(config, seed=options.seed, time_limit_s=limit, n_updates=n_updates)
-    with tqdm(unit="update", total=None if limit else n_updates) as bar:
-
-        def show(row: dict[str, float]) -> None:
-            bar.set_postfix({name: f"{row[name]:.3g}" for name in ("loss", "acceptance_rate") if name in row})
-            bar.update()
-
-        output = options.output or Path("runs") / f"{options.dataset}.safetensors"
-        run(options.dataset, energy, config, output, initial=options.initial, on_row=show, device=options.device)
+def _print_row(row: Row) -> None:
+    if row["update"] % 10 == 0:
+        print(", ".join(f"{name} {value:.4g}" for name, value in row.items()), file=sys.stderr)
 
 
 if __name__ == "__main__":

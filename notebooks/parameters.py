@@ -8,11 +8,13 @@ papermill only warns about a parameter that the notebook does not have, and take
     parameters = check_parameters(globals(), "dataset", "seed", "n_steps", "output_dir")
 
 and any other parameter of the notebook is declared with what it allows: ``device=("cpu", "cuda")``, ``cutoff=float``.
+Files are written below ``output_folder(output_dir)``.
 """
 
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,21 +36,35 @@ def _seed(value: Any) -> str | None:
     return _integer_from(0, value)
 
 
-def _count(value: Any) -> str | None:
-    return None if value is None else (_integer_from(1, value) and "an integer ≥ 1, or None for the default")
+def _positive(value: Any) -> str | None:
+    return _integer_from(1, value)
+
+
+def _minutes(value: Any) -> str | None:
+    right = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    return None if right else "a number of minutes > 0"
 
 
 def _checkpoint(value: Any) -> str | None:
     bundled = sorted(path.stem for path in CHECKPOINTS.glob("*.safetensors"))
-    if value is None or value in bundled or (isinstance(value, str | Path) and Path(value).is_file()):
+    if value in bundled or (isinstance(value, str | Path) and Path(value).is_file()):
         return None
-    return f"None, a file that exists, or a bundled checkpoint ({', '.join(bundled) or 'none here'})"
+    return f"a file that exists, or a bundled checkpoint ({', '.join(bundled) or 'none here'})"
 
 
 def _folder(value: Any) -> str | None:
-    if value is None or (isinstance(value, str | Path) and str(value) and not Path(value).is_file()):
-        return None
-    return "a folder (made if missing), or None"
+    right = isinstance(value, str | Path) and str(value) and not Path(value).is_file()
+    return None if right else "a folder (made if missing)"
+
+
+def optional(rule: Rule) -> Rule:
+    """The rule that also allows None: a notebook says what None means there."""
+
+    def check(value: Any) -> str | None:
+        expected = None if value is None else _expected(rule, value)
+        return expected and f"{expected}, or None"
+
+    return check
 
 
 # What each shared parameter allows: a tuple of values, or a function that returns what is expected of a wrong value.
@@ -56,9 +72,13 @@ RULES: dict[str, Rule] = {
     "dataset": DATASETS,
     "seed": _seed,
     "checkpoint": _checkpoint,
-    "n_structures": _count,
-    "n_samples": _count,
-    "n_steps": _count,
+    "n_structures": optional(_positive),
+    "n_samples": _positive,
+    "n_steps": optional(_positive),
+    "n_updates": optional(_positive),
+    "n_processes": _positive,
+    "minutes": optional(_minutes),
+    "resume": bool,
     "output_dir": _folder,
 }
 
@@ -117,3 +137,17 @@ def check_parameters(namespace: Mapping[str, Any], *names: str, **rules: Rule) -
         if expected:
             raise ValueError(f"{name}={namespace[name]!r}, expected {expected}")
     return {name: namespace[name] for name in known}
+
+
+def output_folder(output_dir: str | Path) -> Path:
+    """The folder for what a notebook writes, made if missing.
+
+    With ``$CONTSP_OUTPUT_DIR`` set it lies below that folder instead (``../runs/04`` as ``runs/04``): tests execute the
+    notebooks so, without touching the files of the repository.
+    """
+    folder = Path(output_dir)
+    redirected = os.environ.get("CONTSP_OUTPUT_DIR")
+    if redirected:
+        folder = Path(redirected, *(part for part in folder.parts if part not in ("..", folder.anchor)))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

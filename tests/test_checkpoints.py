@@ -4,47 +4,107 @@ from __future__ import annotations
 
 import json
 import pickle
-import struct
+import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from test_energy import NOISY, SMALL, random_batch, small_model
 
 from contsp_core import checkpoints
-from contsp_core.checkpoints import find_checkpoint, load_model, read_settings, save_checkpoint
+from contsp_core.checkpoints import (
+    FORMAT,
+    digest,
+    find_checkpoint,
+    load_model,
+    read_settings,
+    read_tensors,
+    save_checkpoint,
+    write_tensors,
+)
+from contsp_core.diffusion import DiffusionConfig
+from contsp_core.energy import ContinuousCGCNN
+from contsp_core.mala import AnnealConfig
 
 SETTINGS = {"dataset": "prototypes", "training": {"seed": 3, "clip_norm": None}, "scores": [0.5, 1e-3]}
 
 
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    return save_checkpoint(tmp_path / "model.safetensors", small_model(dtype=torch.float32), SETTINGS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "config", [SMALL, NOISY, replace(SMALL, spectral_norm=False)], ids=["paper", "noisy", "no norm"]
 )
-def test_what_is_loaded_is_what_was_saved(tmp_path, config):
-    model = small_model(config, dtype=torch.float32)
+def test_what_is_loaded_is_what_was_saved(tmp_path, config, dtype):
+    model = small_model(config, dtype)
     path = save_checkpoint(tmp_path / "new folder" / "model.safetensors", model, SETTINGS)
     loaded = load_model(path)
     assert loaded.config == config and not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
-    crystals = random_batch(dtype=torch.float32)
+        assert loaded.state_dict()[name].dtype == tensor.dtype and torch.equal(loaded.state_dict()[name], tensor), name
+    crystals = random_batch(dtype=dtype)
     assert torch.equal(loaded(crystals), model(crystals))
     settings = read_settings(path)
-    assert settings == loaded.settings
     assert {name: settings[name] for name in SETTINGS} == SETTINGS
     assert [file.name for file in path.parent.iterdir()] == ["model.safetensors"]
 
 
-def test_a_bundled_checkpoint_is_found_by_its_name(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("config", "sampling"), [(SMALL, AnnealConfig(n_steps=7, proposal="strain")), (NOISY, DiffusionConfig(9, 0.2))]
+)
+def test_a_model_remembers_how_it_is_sampled(tmp_path, config, sampling):
+    path = save_checkpoint(tmp_path / "model.safetensors", ContinuousCGCNN(config, sampling), {})
+    assert load_model(path).sampling == sampling
+
+
+def test_a_bundled_checkpoint_is_found_by_its_name(tmp_path, monkeypatch, saved):
     monkeypatch.setattr(checkpoints, "CHECKPOINTS", tmp_path)
-    path = save_checkpoint(tmp_path / "perov5.safetensors", small_model(dtype=torch.float32), SETTINGS)
+    path = saved.rename(tmp_path / "perov5.safetensors")
     assert find_checkpoint("perov5") == path
-    assert load_model("perov5").settings["dataset"] == "prototypes"
-    with pytest.raises(ValueError, match=r"checkpoint is 'perovskite', expected an existing .* or one of: perov5"):
+    assert read_settings("perov5")["dataset"] == "prototypes"
+    with pytest.raises(ValueError, match=r"checkpoint is 'perovskite', expected .* or one of: perov5$"):
         load_model("perovskite")
+
+
+def test_a_checkpoint_has_its_own_ending(tmp_path):
+    with pytest.raises(ValueError, match=r"expected a path that ends in \.safetensors"):
+        save_checkpoint(tmp_path / "model.pt", small_model(), SETTINGS)
+
+
+# The safetensors library as an oracle
+
+
+def test_the_library_reads_what_is_written(saved):
+    model = load_model(saved)
+    tensors = load_file(saved)
+    assert tensors.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
+    with safe_open(saved, "pt") as file:
+        assert json.loads(file.metadata()["settings"])["dataset"] == "prototypes"
+
+
+def test_what_the_library_writes_is_read(tmp_path):
+    """It puts tensors in another order: the digest must not depend on that."""
+    tensors = {"b": torch.arange(6).reshape(2, 3), "a": torch.rand(5), "c": torch.tensor(1.5, dtype=torch.float64)}
+    tensors["empty"] = torch.zeros(0, 3)
+    metadata = {"format": FORMAT, "note": "Å"}
+    save_file(tensors, tmp_path / "file", metadata | {"sha256": digest(tensors, metadata)})
+    found, noted = read_tensors(tmp_path / "file")
+    assert noted == metadata and found.keys() == tensors.keys()
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
+    )
+
+
+# Damage
 
 
 def refused(path: Path, message: str) -> None:
@@ -55,10 +115,79 @@ def refused(path: Path, message: str) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 5, 300, -1])
-def test_a_truncated_file_is_refused(tmp_path, kept):
-    path = save_checkpoint(tmp_path / "model.safetensors", small_model(), SETTINGS)
-    path.write_bytes(path.read_bytes()[:kept])
-    refused(path, "truncated or not a safetensors file")
+def test_a_truncated_file_is_refused(saved, kept):
+    saved.write_bytes(saved.read_bytes()[:kept])
+    refused(saved, "truncated or not a checkpoint|is damaged")
+
+
+def test_flipped_bits_are_refused_or_change_nothing(saved):
+    """600 files with a random bit flipped, half of them in the header; most header flips would still be good JSON."""
+    content, expected = saved.read_bytes(), load_model(saved)
+    settings, header = read_settings(saved), 8 + int.from_bytes(content[:8], "little")
+    rng, n_refused, n_same = random.Random(0), 0, 0
+    for case in range(600):
+        changed = bytearray(content)
+        changed[rng.randrange(header) if case % 2 else rng.randrange(header, len(content))] ^= 1 << rng.randrange(8)
+        saved.write_bytes(changed)
+        try:
+            model = load_model(saved)
+        except ValueError as error:
+            n_refused += "\n" not in str(error) and str(saved) in str(error)
+            continue
+        assert case % 2, "a flipped bit of a weight went unseen"
+        assert read_settings(saved) == settings and model.config == expected.config
+        assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+        n_same += 1
+    assert n_refused + n_same == 600 and n_same < 10  # blanks at the end of the header mean nothing
+
+
+def with_header(path: Path, change: Callable[[dict], object]) -> Path:
+    """The same file under a changed header."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    return path
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"data_offsets": [-32, 0]},
+        {"data_offsets": [0, 2**70]},
+        {"data_offsets": [32, 0]},
+        {"data_offsets": [0, 4]},  # what the next tensor holds
+        {"data_offsets": "all"},
+        {"data_offsets": [None, None]},
+        {"shape": [2**62, 2**62]},
+        {"shape": [0, 2**62]},
+        {"shape": [-1]},
+        {"shape": [-2, -4]},
+        {"shape": [8.0]},
+        {"shape": 8},
+        {"dtype": "BOOL"},
+        {"dtype": ["F32"]},
+    ],
+    ids=str,
+)
+def test_a_hostile_header_is_refused_as_by_the_library(saved, entry):
+    with_header(saved, lambda header: header["fc_final.bias"].update(entry))
+    refused(saved, "truncated or not a checkpoint|is damaged")
+    with pytest.raises(SafetensorError):
+        load_file(saved)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff" * 64, (2).to_bytes(8, "little") + b"[]", (10**5).to_bytes(8, "little") + b"[" * 10**5, b"id,cif\n1,x\n"],
+    ids=["ones", "list", "nested", "text"],
+)
+def test_no_content_is_too_strange(tmp_path, content):
+    path = tmp_path / "strange.safetensors"
+    path.write_bytes(content)
+    refused(path, "truncated or not a checkpoint")
 
 
 class Trap:
@@ -78,7 +207,7 @@ def test_a_file_with_code_in_it_is_refused_and_the_code_is_not_run(tmp_path, kin
         path.write_bytes(pickle.dumps(Trap(touched)))
     else:
         torch.save({"weights": Trap(touched)}, path)
-    refused(path, "truncated or not a safetensors file")
+    refused(path, "truncated or not a checkpoint")
     assert not touched.exists()
     pickle.loads(pickle.dumps(Trap(touched)))
     assert touched.exists()  # the trap works
@@ -87,23 +216,38 @@ def test_a_file_with_code_in_it_is_refused_and_the_code_is_not_run(tmp_path, kin
 def test_foreign_weights_are_refused(tmp_path):
     path = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.zeros(3)}, path)
-    refused(path, "format None, expected 'contsp-1'")
+    refused(path, "truncated or not a checkpoint: KeyError: '__metadata__'")
     save_file({"weight": torch.zeros(3)}, path, {"format": "pt"})
-    refused(path, "format 'pt', expected 'contsp-1'")
+    refused(path, "format 'pt', expected 'contsp-2'")
+    save_file({"weight": torch.zeros(3)}, path, {"format": FORMAT})
+    refused(path, "is damaged")
 
 
-def rewrite(path: Path, metadata: dict[str, str], drop: str | None = None) -> Path:
-    """The same weights, except one, under another header."""
-    tensors = {name: tensor for name, tensor in load_file(path).items() if name != drop}
-    content = path.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    save_file(tensors, path, json.loads(content[8 : 8 + length])["__metadata__"] | metadata)
+# Files that are whole, but were made wrong
+
+
+def rewritten(path: Path, tensors: dict[str, torch.Tensor | None], metadata: dict[str, str | None]) -> Path:
+    old, header = read_tensors(path)
+    kept = {name: tensor for name, tensor in (old | tensors).items() if tensor is not None}
+    write_tensors(path, kept, {name: text for name, text in (header | metadata).items() if text is not None})
     return path
 
 
-def test_weights_that_do_not_fit_their_configuration_are_refused(tmp_path):
-    path = save_checkpoint(tmp_path / "model.safetensors", small_model(), SETTINGS)
-    refused(rewrite(path, {}, drop="fc_final.bias"), "does not fit its own configuration: .*fc_final.bias")
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("fc_final.bias", None, "Missing key.*fc_final.bias"),
+        ("fc_final.scale", torch.zeros(1), "Unexpected key.*fc_final.scale"),
+        ("fc_final.bias", torch.zeros(2), "size mismatch for fc_final.bias"),
+        ("fc_final.bias", torch.zeros(1, dtype=torch.int64), "fc_final.bias is torch.int64, expected torch.float32"),
+        ("fc_final.bias", torch.zeros(1, dtype=torch.float64), "fc_final.bias is torch.float64"),
+        ("fc_final.bias", torch.tensor([float("nan")]), "fc_final.bias holds numbers that are not finite"),
+        ("atomic_volume", torch.full((101,), float("inf")), "atomic_volume holds numbers that are not finite"),
+    ],
+    ids=["missing", "unexpected", "shape", "integers", "mixed precision", "NaN", "infinite"],
+)
+def test_weights_that_do_not_fit_their_configuration_are_refused(saved, name, tensor, message):
+    refused(rewritten(saved, {name: tensor}, {}), f"does not fit its own configuration: .*{message}")
 
 
 @pytest.mark.parametrize(
@@ -111,17 +255,15 @@ def test_weights_that_do_not_fit_their_configuration_are_refused(tmp_path):
     [
         {"energy": json.dumps({"depth": 3})},
         {"energy": "not JSON"},
+        {"energy": "[]"},
         {"settings": "{"},
+        {"settings": "{}"},
+        {"settings": None},
         {"energy": json.dumps({"width": "wide"})},
+        {"energy": json.dumps({"width": 10**6})},  # 8 TB of weights: told by the shapes alone
+        {"settings": json.dumps({"sampling": {"speed": 1}})},
     ],
-    ids=["unknown setting", "no JSON", "cut JSON", "wrong type"],
+    ids=str,
 )
-def test_unreadable_settings_are_refused(tmp_path, metadata):
-    path = save_checkpoint(tmp_path / "model.safetensors", small_model(), SETTINGS)
-    refused(rewrite(path, metadata), "settings")
-
-
-def test_missing_settings_are_refused(tmp_path):
-    path = tmp_path / "bare.safetensors"
-    save_file({"weight": torch.zeros(3)}, path, {"format": "contsp-1"})
-    refused(path, "settings")
+def test_settings_that_make_no_sense_are_refused(saved, metadata):
+    refused(rewritten(saved, {}, metadata), "unreadable settings|does not fit its own configuration")

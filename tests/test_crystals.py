@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import FrozenInstanceError
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,7 +17,14 @@ from scipy import stats
 from strategies import crystals
 
 from contsp_core import Crystals
-from contsp_core.crystals import expand_composition, fit_atomic_volumes, ragged_arange, reduce_species
+from contsp_core.crystals import (
+    expand_composition,
+    fit_atomic_volumes,
+    keyed_rng,
+    pack,
+    ragged_arange,
+    reduce_species,
+)
 
 species_lists = st.lists(st.integers(1, 100), min_size=1, max_size=12)
 
@@ -271,3 +279,59 @@ def test_a_strong_ridge_pulls_to_the_mean():
 def test_bad_volumes_are_refused(species, volumes, message):
     with pytest.raises(ValueError, match=message):
         fit_atomic_volumes(species, volumes)
+
+
+# Random numbers and batches
+
+
+def test_numbers_of_a_crystal_do_not_depend_on_the_batch_it_is_in():
+    batch = three_crystals()
+    rngs = [keyed_rng("a", system) for system in range(len(batch))]
+    together = (batch.random_atoms(rngs), batch.random_cells(rngs))
+    for system in range(len(batch)):
+        alone = keyed_rng("a", system)
+        crystal = batch[system]
+        assert torch.equal(crystal.random_atoms(alone), together[0][batch.system_idx == system])
+        assert torch.equal(crystal.random_cells([alone])[0], together[1][system])
+
+
+def three_crystals() -> Crystals:
+    cells = np.stack([a * np.eye(3) for a in (3.0, 4.0, 5.0)])
+    return Crystals.from_arrays(cells, np.random.default_rng(0).random((6, 3)), [[1], [2, 3], [4, 5, 6]], torch.float64)
+
+
+def test_keys_that_differ_give_different_numbers_and_equal_keys_equal_ones():
+    keys = [(0, 1), (1, 0), ("0", 1), (0, (1,)), (0, 1, 0)]
+    draws = [float(torch.rand((), generator=keyed_rng(*key), dtype=torch.float64)) for key in keys]
+    assert len(set(draws)) == len(keys)
+    assert float(torch.rand((), generator=keyed_rng(0, 1), dtype=torch.float64)) == draws[0]
+
+
+def test_symmetric_random_cells_have_the_density_they_say():
+    """exp(−|ε|²/2) on symmetric matrices: variance 1 on the diagonal, 1/2 off it."""
+    one = Crystals.from_arrays(np.eye(3)[None], np.zeros((1, 3)), [[1]], torch.float64)
+    cells = one[[0] * 20_000].random_cells(torch.Generator().manual_seed(0))
+    assert torch.equal(cells, cells.mT)
+    variance = cells.var(dim=0)
+    torch.testing.assert_close(variance, (torch.eye(3) + 1).double() / 2, rtol=0.05, atol=0.01)
+
+
+@given(st.lists(st.integers(1, 30)), st.integers(1, 40))
+def test_packing_keeps_the_order_fills_greedily_and_respects_the_limit(sizes, limit):
+    runs = pack(sizes, limit)
+    assert [i for run in runs for i in range(len(sizes))[run]] == list(range(len(sizes)))
+    for run, following in pairwise(runs):
+        assert sum(sizes[run]) + sizes[following.start] > limit  # the next one did not fit
+    assert all(sum(sizes[run]) <= limit or run.stop - run.start == 1 for run in runs)
+
+
+@given(unit=crystals(), seed=st.integers(0, 99))
+def test_helpers_of_atoms_and_systems_agree_with_loops(unit, seed):
+    batch = Crystals.cat([unit, unit[[0, 0]]])
+    rng = torch.Generator().manual_seed(seed)
+    values = torch.randn(len(batch.positions), 2, generator=rng, dtype=torch.float64)
+    sums = torch.stack([values[batch.system_idx == system].sum(dim=0) for system in range(3)])
+    torch.testing.assert_close(batch.sum_atoms(values), sums)
+    assert torch.equal(batch.to_atoms(sums), sums[batch.system_idx])
+    rows = torch.stack([x @ batch.cell[s] for x, s in zip(batch.positions, batch.system_idx)])
+    torch.testing.assert_close(batch.multiply_rows(batch.positions, batch.cell), rows)

@@ -18,14 +18,14 @@ from contsp_core import Crystals
 from contsp_core.diffusion import (
     DiffusionConfig,
     add_noise,
-    initial_crystals,
     random_noise_levels,
     reverse_diffusion,
     score,
     score_matching_step,
 )
+from contsp_core.energy import strain_gradient
 from contsp_core.lattice import apply_strain
-from contsp_core.mala import strain_gradient, sum_atoms
+from contsp_core.sampler import start_crystals
 
 STRAIN_NOISE = 0.3  # κ, Å⁻¹
 UPPER = ([0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2])  # the six entries of a symmetric matrix
@@ -76,7 +76,7 @@ def log_density_of_strain(strain: np.ndarray, width: float) -> float:
 def test_the_strain_score_is_the_gradient_of_the_log_density(sigma):
     """Moving the noisy crystal by a further strain η, whose composition with ε is ½ ln(e^ε e^{2η} e^ε)."""
     crystals, h = small_crystals(), 1e-5
-    noised = add_noise(crystals, levels(sigma, sigma), STRAIN_NOISE, generator(3))
+    noised = add_noise(crystals, levels(sigma, sigma), STRAIN_NOISE * levels(sigma, sigma), generator(3))
     for system in range(2):
         deformation = torch.linalg.inv(crystals.cell[system]) @ noised.crystals.cell[system]
         strain = log_of_symmetric(deformation.numpy())
@@ -98,7 +98,7 @@ def test_the_strain_score_is_the_gradient_of_the_log_density(sigma):
 def test_the_score_of_the_atoms_is_the_gradient_of_the_log_density():
     """ln q = −|x′ e^{−ε} − x|² / 2σ² at the strain drawn."""
     crystals, sigma = small_crystals(), levels(0.4, 0.9)
-    noised = add_noise(crystals, sigma, STRAIN_NOISE, generator(4))
+    noised = add_noise(crystals, sigma, STRAIN_NOISE * sigma, generator(4))
     positions = noised.crystals.positions.clone().requires_grad_()
     undone = torch.linalg.inv(noised.crystals.cell) @ crystals.cell  # e^{−ε}
     clean = torch.einsum("ni,nij->nj", positions, undone[crystals.system_idx])
@@ -116,10 +116,10 @@ def test_the_noise_has_the_variances_it_is_said_to_have():
         [[1, 2, 3]] * n_systems,
         torch.float64,
     )
-    noised = add_noise(crystals, levels(sigma).expand(n_systems), STRAIN_NOISE, generator())
+    noised = add_noise(crystals, *(w * levels(sigma).expand(n_systems) for w in (1, STRAIN_NOISE)), generator())
     undone = torch.linalg.inv(noised.crystals.cell) @ crystals.cell
     moved = torch.einsum("ni,nij->nj", noised.crystals.positions, undone[crystals.system_idx]) - crystals.positions
-    assert sum_atoms(crystals, moved).abs().max() < 1e-12
+    assert crystals.sum_atoms(moved).abs().max() < 1e-12
     assert float(moved.var()) == pytest.approx(sigma**2 * 2 / 3, rel=0.06)
     strain = np.stack([log_of_symmetric(matrix) for matrix in (noised.crystals.cell / 5).numpy()])
     width = STRAIN_NOISE * sigma
@@ -140,9 +140,7 @@ def test_the_score_of_the_model_is_minus_n_times_the_gradient_of_its_energy():
     shift = torch.as_tensor(rng.standard_normal(crystals.positions.shape))
     ends = [model(crystals.replace(positions=crystals.positions + sign * h * shift), sigma) for sign in (1, -1)]
     expected = -crystals.n_atoms * (ends[0] - ends[1]) / (2 * h)
-    torch.testing.assert_close(
-        sum_atoms(crystals, on_atoms * shift).sum(dim=1), expected.detach(), rtol=1e-6, atol=1e-7
-    )
+    torch.testing.assert_close(crystals.sum_atoms(on_atoms * shift).sum(dim=1), expected.detach(), rtol=1e-6, atol=1e-7)
 
 
 # The loss
@@ -151,7 +149,7 @@ def test_the_score_of_the_model_is_minus_n_times_the_gradient_of_its_energy():
 def exact_loss(model, crystals: Crystals, sigma: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Loss of atoms and of strain, each the mean over the batch, differentiable in the weights."""
     kappa = model.config.strain_noise
-    noised = add_noise(crystals, sigma, kappa, rng)
+    noised = add_noise(crystals, sigma, kappa * sigma, rng)
     moving = noised.crystals.replace(
         cell=noised.crystals.cell.requires_grad_(), positions=noised.crystals.positions.requires_grad_()
     )
@@ -160,7 +158,7 @@ def exact_loss(model, crystals: Crystals, sigma: Tensor, rng: torch.Generator) -
     strain = strain_gradient(moving, *grads)
     on_strain = -n_atoms[:, None, None] * (strain + strain.mT) / 2 - noised.score_strain
     on_atoms = -n_atoms[system][:, None] * grads[1] - noised.score_positions
-    of_atoms = sigma**2 / (3 * n_atoms) * sum_atoms(moving, on_atoms.square().sum(dim=1))
+    of_atoms = sigma**2 / (3 * n_atoms) * moving.sum_atoms(on_atoms.square().sum(dim=1))
     of_strain = (kappa * sigma) ** 2 / 6 * on_strain.square().sum(dim=(1, 2))
     return of_atoms.mean(), of_strain.mean()
 
@@ -226,13 +224,17 @@ def test_noise_levels_are_log_uniform_and_stratified():
 # Sampling
 
 
-def known_model(log_density: Callable[[Crystals, float], Tensor], strain_noise: float, noise_max: float):
+def known_model(
+    log_density: Callable[[Crystals, float], Tensor], strain_noise: float, noise_max: float, strain_cap: float = 1.0
+):
     """E with exp(−N E(U, σ)) a known density; it has what the sampler reads of a model."""
 
     def energy(crystals: Crystals, sigma: Tensor) -> Tensor:
         return -log_density(crystals, float(sigma[0])) / crystals.n_atoms
 
-    energy.config = SimpleNamespace(noise_max=noise_max, noise_min=0.02, noise_default=0.1, strain_noise=strain_noise)
+    energy.config = SimpleNamespace(
+        noise_max=noise_max, noise_min=0.02, noise_default=0.1, strain_noise=strain_noise, strain_cap=strain_cap
+    )
     return energy
 
 
@@ -315,6 +317,26 @@ def test_sampling_a_gaussian_volume_gives_its_mean_and_variance():
     assert expected == pytest.approx(width**2, rel=0.1)
 
 
+def test_a_capped_strain_does_not_move_the_cell_until_the_levels_fall_below_the_cap():
+    """ln V ~ N(v, c² + 3 min(κσ, cap)²): above the cap the marginals are equal, so a step there changes nothing."""
+    n_systems, width, kappa, cap, centre = 400, 0.05, 0.1, 0.03, math.log(40)
+
+    def log_density(crystals: Crystals, sigma: float) -> Tensor:
+        return -((crystals.volume.log() - centre) ** 2) / (2 * (width**2 + 3 * min(kappa * sigma, cap) ** 2))
+
+    start = centre + math.sqrt(width**2 + 3 * cap**2) * np.random.default_rng(0).standard_normal(n_systems)
+    cells = np.eye(3) * np.exp(start / 3)[:, None, None]
+    crystals = Crystals.from_arrays(cells, np.zeros((n_systems, 3)), [[1]] * n_systems, torch.float64)
+    model, config = known_model(log_density, kappa, 1.0, cap), DiffusionConfig(80, noise_scale=1.0)
+    volumes: list[np.ndarray] = []
+    reverse_diffusion(model, crystals, config, generator(), lambda _, c: volumes.append(c.volume.log().numpy()))
+    sigmas = np.geomspace(1.0, 0.02, 80)
+    frozen = int((sigmas[1:] * kappa >= cap).sum())
+    np.testing.assert_allclose(volumes[frozen - 1], start, atol=1e-9)
+    assert np.abs(volumes[frozen + 2] - start).max() > 1e-3
+    assert_gaussian(volumes[-1] - centre, 0.0, width**2)
+
+
 @pytest.mark.parametrize(("noise_first", "expected"), [(None, 1.0), (0.3, 0.3)])
 def test_sampling_goes_through_the_noise_levels_from_the_first_one(noise_first, expected):
     seen: list[float] = []
@@ -366,13 +388,15 @@ def test_without_noise_the_steps_are_deterministic():
 
 
 def test_the_start_has_the_expected_volume_the_shape_of_a_training_cell_and_uniform_atoms():
-    model = small_model(NOISY, torch.float32)
+    model = small_model(NOISY)
     model.config = SimpleNamespace(**vars(model.config) | {"strain_noise": 0.0})
     model.atomic_volume.copy_(torch.arange(101.0))
-    shape = torch.diag(torch.tensor([1.0, 2.0, 0.5]))
+    shape = torch.diag(torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64))
     model.start_cells[:256], model.start_n_atoms[:256] = shape, 4
-    crystals = initial_crystals(model, [[10, 20, 30, 40]] * 400 + [[5]], generator())
+    crystals = start_crystals(model, [[10, 20, 30, 40]] * 400 + [[5]], generator())
     assert crystals.volume[:400].numpy() == pytest.approx(np.full(400, 100.0), rel=1e-5)
     torch.testing.assert_close(crystals.cell[0], shape * 100 ** (1 / 3))
-    torch.testing.assert_close(crystals.cell[400], torch.eye(3) * 5 ** (1 / 3))  # the bank's other cells hold one atom
+    torch.testing.assert_close(
+        crystals.cell[400], torch.eye(3, dtype=torch.float64) * 5 ** (1 / 3)
+    )  # the bank's other cells hold one atom
     assert stats.kstest(crystals.frac_coords.numpy().ravel(), "uniform").pvalue > 1e-3

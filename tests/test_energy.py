@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import resource
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,9 @@ from contsp_core import Crystals
 from contsp_core.energy import PRESETS, ContinuousCGCNN, EnergyConfig, energy_and_gradient
 from contsp_core.graph import build_graph, cutoff_radius
 
-GOLDEN_PRESETS = ("perov5", "mp20", "mpts52")
 SMALL = EnergyConfig(width=8, n_conv=2, n_fc=3, n_basis=8)
 NOISY = replace(SMALL, spectral_norm=False, noise_min=0.02, noise_max=2.0)
+RESIDUAL = replace(NOISY, form="residual")
 PATHS = {"fused": True, "plain": False}
 
 
@@ -44,25 +45,34 @@ def random_batch(seed: int = 0, dtype: torch.dtype = torch.float64) -> Crystals:
     return Crystals.from_arrays(np.stack(cells), np.concatenate(positions), species, dtype)
 
 
-@lru_cache
-def golden_file(data_dir: Path) -> dict[str, np.ndarray]:
-    path = data_dir.parent / "golden" / "energy.npz"
-    if not path.is_file():
-        pytest.skip("golden/energy.npz is not beside the folder CONTSP_DATA_DIR")
-    with np.load(path) as arrays:
-        return dict(arrays)
+def golden_files() -> list[Path]:
+    """The small file here (weights of one preset, without elements it does not need), and the full one if at hand."""
+    full = Path(os.environ.get("CONTSP_DATA_DIR", "."), "..", "golden", "energy.npz")
+    return [Path(__file__).with_name("golden_energy.npz"), *([full] if full.is_file() else [])]
 
 
-@pytest.fixture(params=GOLDEN_PRESETS)
-def golden(request, data_dir) -> tuple[ContinuousCGCNN, Crystals, dict[str, Tensor]]:
-    """The published weights, some real crystals, and what the public implementation computes for them."""
-    prefix = f"{request.param}/"
-    arrays = {name.removeprefix(prefix): a for name, a in golden_file(data_dir).items() if name.startswith(prefix)}
-    weights = {name.removeprefix("weights/"): a for name, a in arrays.items() if name.startswith("weights/")}
+GOLDEN: dict[str, dict[str, np.ndarray]] = {}  # "file: preset" -> arrays
+for path in golden_files():
+    for key, array in np.load(path).items():
+        preset, name = key.split("/", 1)
+        GOLDEN.setdefault(f"{path.stem}: {preset}", {})[name] = array
+WITH_WEIGHTS = [case for case, arrays in GOLDEN.items() if "energy" in arrays]
+
+
+def golden_crystals(case: str) -> Crystals:
+    arrays = GOLDEN[case]
     species = np.split(arrays["atomic_numbers"], np.cumsum(arrays["n_atoms"])[:-1])
-    crystals = Crystals.from_arrays(arrays["cell"], arrays["positions"], [s.tolist() for s in species], torch.float64)
+    return Crystals.from_arrays(arrays["cell"], arrays["positions"], [s.tolist() for s in species], torch.float64)
+
+
+@pytest.fixture(params=WITH_WEIGHTS)
+def golden(request) -> tuple[ContinuousCGCNN, Crystals, dict[str, Tensor]]:
+    """The published weights, some real crystals, and what the public implementation computes for them."""
+    arrays = GOLDEN[request.param]
+    weights = {name.removeprefix("weights/"): a for name, a in arrays.items() if name.startswith("weights/")}
     expected = {name: torch.as_tensor(a) for name, a in arrays.items() if a.dtype.kind in "fi"}
-    return ContinuousCGCNN.from_public_weights(weights, request.param), crystals, expected
+    model = ContinuousCGCNN.from_public_weights(weights, request.param.split(": ")[1])
+    return model, golden_crystals(request.param), expected
 
 
 def assert_golden(energy, crystals: Crystals, expected: dict[str, Tensor], tolerance: float) -> None:
@@ -89,13 +99,14 @@ def test_the_network_without_the_density_term_is_the_published_one(golden):
     torch.testing.assert_close(network, expected["energy_without_density_term"], rtol=1e-9, atol=1e-9)
 
 
-def test_edge_counts_are_the_published_ones(golden):
+@pytest.mark.parametrize("case", GOLDEN)
+def test_edge_counts_are_the_published_ones(case):
     """A neighbour at the cutoff to the last bit may count or not: its weight is zero."""
-    _, crystals, expected = golden
+    crystals, expected = golden_crystals(case), torch.as_tensor(GOLDEN[case]["n_directed_edges"])
     for scale, compare in ((1 - 1e-9, torch.le), (1 + 1e-9, torch.ge)):
         graph = build_graph(crystals, scale * cutoff_radius(crystals)).directed()
         counts = torch.bincount(crystals.system_idx[graph.source], minlength=crystals.n_systems)
-        assert compare(counts, expected["n_directed_edges"]).all()
+        assert compare(counts, expected).all()
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -118,7 +129,7 @@ def test_the_literal_edges_are_symmetric():
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("config", [SMALL, NOISY], ids=["one level", "noise levels"])
+@pytest.mark.parametrize("config", [SMALL, NOISY, RESIDUAL], ids=["one level", "noise levels", "residual"])
 def test_gradients_are_finite_differences(path, config):
     model, crystals = small_model(config), random_batch()[[1, 2]]
     model.use_kernels = PATHS[path]
@@ -131,7 +142,7 @@ def test_gradients_are_finite_differences(path, config):
     assert torch.autograd.gradcheck(energy, inputs, eps=1e-5, atol=1e-7, rtol=1e-5)
 
 
-@pytest.mark.parametrize("config", [SMALL, NOISY], ids=["one level", "noise levels"])
+@pytest.mark.parametrize("config", [SMALL, NOISY, RESIDUAL], ids=["one level", "noise levels", "residual"])
 def test_second_derivatives_of_the_plain_path_are_finite_differences(config):
     model, crystals = small_model(config), random_batch()[[2]]
     model.use_kernels = False
@@ -139,7 +150,7 @@ def test_second_derivatives_of_the_plain_path_are_finite_differences(config):
     assert torch.autograd.gradgradcheck(lambda x: model(crystals.replace(positions=x)), positions, atol=1e-6)
 
 
-@pytest.mark.parametrize("config", [SMALL, NOISY], ids=["one level", "noise levels"])
+@pytest.mark.parametrize("config", [SMALL, NOISY, RESIDUAL], ids=["one level", "noise levels", "residual"])
 def test_both_paths_agree_in_value_and_in_every_gradient(config):
     model, crystals = small_model(config), random_batch()
     arguments = () if config is SMALL else (torch.logspace(-1.5, 0.2, crystals.n_systems, dtype=torch.float64),)
@@ -196,6 +207,59 @@ def test_an_isolated_atom_in_a_wide_cell_has_an_energy():
         value, *grads = energy_and_gradient(model, crystals)
         torch.testing.assert_close(value, LiteralEnergy(model)(crystals))
         assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_a_cell_skewed_beyond_measure_has_the_energy_of_its_lattice(path, dtype, tolerance):
+    cells = np.array([np.eye(3) * 4, [[4, 0, 0], [4000, 4, 0], [1e6, 5e5, 4]], np.eye(3) * 3])
+    crystals = Crystals.from_arrays(cells, np.arange(15).reshape(5, 3), [[6, 8], [6, 8], [1]], dtype)
+    crystals.positions[2:4] = crystals.positions[:2]
+    model = small_model(dtype=dtype)
+    model.use_kernels = PATHS[path]
+    value, _, grad_positions = energy_and_gradient(model, crystals)
+    torch.testing.assert_close(value[1], value[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grad_positions[2:4], grad_positions[:2], rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_gradient_in_a_skewed_cell_is_the_finite_difference(path):
+    crystals, model = random_batch()[[1]], small_model()
+    model.use_kernels = PATHS[path]
+    shear = torch.tensor([[1, 0, 0], [7, 1, 0], [-3, 9, 1]], dtype=torch.float64)
+    inputs = ((shear @ crystals.cell).requires_grad_(), crystals.positions.clone().requires_grad_())
+
+    def energy(cell: Tensor, positions: Tensor) -> Tensor:
+        return model(crystals.replace(cell=cell, positions=positions))
+
+    assert torch.autograd.gradcheck(energy, inputs, eps=1e-6, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_one_atom_in_a_very_wide_box_takes_no_memory_to_speak_of(path):
+    crystals = Crystals.from_arrays(1000 * np.eye(3)[None], np.zeros((1, 3)), [[26]], torch.float64)
+    model = small_model()
+    model.use_kernels = PATHS[path]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    value, *grads = energy_and_gradient(model, crystals)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+    torch.testing.assert_close(value, LiteralEnergy(model)(crystals))
+    assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("broken", ["cell", "positions"])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_crystal_that_is_not_finite_has_no_energy_and_does_not_touch_the_others(path, broken, number):
+    model, crystals = small_model(), random_batch()
+    model.use_kernels = PATHS[path]
+    expected = model(crystals).detach()
+    values = getattr(crystals, broken).clone()
+    values[1] = number  # the second crystal has the second to fourth atom
+    found = model(crystals.replace(**{broken: values})).detach()
+    assert found[1].isnan()
+    others = [0, 2, 3, 4]
+    torch.testing.assert_close(found[others], expected[others], rtol=1e-9, atol=1e-12)
 
 
 def test_two_atoms_at_one_point_have_a_finite_gradient():

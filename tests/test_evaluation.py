@@ -1,8 +1,10 @@
 """Evaluation of checkpoints and of folders of CIFs: nothing lost, nothing done twice, known answers for the judge."""
 
-import itertools
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,53 +13,42 @@ import torch
 from pymatgen.core import Lattice, Structure
 
 from contsp_core.checkpoints import save_checkpoint
-from contsp_core.crystals import Crystals
 from contsp_core.csp import evaluation
-from contsp_core.csp.candidates import (
-    SOURCES,
-    TemplateLibrary,
-    descend,
-    make_candidates,
-    rank_candidates,
-    relax,
-    with_energies,
-)
+from contsp_core.csp.candidates import SOURCES
 from contsp_core.csp.evaluation import (
+    METHODS,
+    EvaluationConfig,
+    check_settings,
     evaluate_checkpoint,
     evaluate_cifs,
     fill_folder,
     overview_table,
-    polymorph_counts,
-    read_per_crystal,
     read_samples,
     results_table,
-    single_answer_ceiling,
     to_markdown,
-    validation_match_rate,
     write_samples,
 )
-from contsp_core.csp.metrics import pool_candidates, ranking_table, summarise
-from contsp_core.data import load_split
+from contsp_core.csp.metrics import evaluate_csp
+from contsp_core.data import choose, load_split
 from contsp_core.energy import EnergyConfig
 from contsp_core.training import initial_model
 
 SMALL = {"width": 8, "n_conv": 1, "n_basis": 8, "cutoff_multiple": 1.5}
 NOISY = EnergyConfig(**SMALL, noise_min=0.02, noise_max=1.0, spectral_norm=False)
+PLAIN = EnergyConfig(**SMALL)
+QUICK = EvaluationConfig(n_structures=3, n_samples=2, n_steps=3, seed=1, n_jobs=1)
 
 
 @pytest.fixture(scope="module")
 def training():
-    return load_split("prototypes", "train")
+    return load_split("prototypes", "train").crystals.to(torch.float32)
 
 
 @pytest.fixture(scope="module")
-def model(training):
-    return initial_model(training.crystals.to(torch.float32), NOISY, seed=0).eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(model, tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("model") / "tiny.safetensors", model, {"dataset": "prototypes"})
+def checkpoint(training, tmp_path_factory):
+    model = initial_model(training, NOISY, seed=0).eval().requires_grad_(False)
+    settings = {"dataset": "prototypes", "n_structures": 368, "training": {"objective": "score_matching"}}
+    return save_checkpoint(tmp_path_factory.mktemp("model") / "tiny.safetensors", model, settings)
 
 
 def cesium_chloride(a=3.5, shift=0.0):
@@ -83,6 +74,16 @@ def test_samples_return_from_files_with_gaps_and_energies(tmp_path):
     assert np.allclose(read.distance_matrix, first.distance_matrix, atol=1e-6)
 
 
+def test_a_source_that_makes_fewer_leaves_no_gap_to_fill(tmp_path):
+    """A sample that was never made is not one that was lost."""
+    for structures, complete in (([cesium_chloride(), None], True), ([None, None], True)):
+        write_samples(tmp_path, "a", structures)
+        assert evaluation._is_complete(tmp_path / "a") is complete
+    write_samples(tmp_path, "b", [cesium_chloride(), cesium_chloride()])
+    (tmp_path / "b" / "01.cif").unlink()
+    assert not evaluation._is_complete(tmp_path / "b")
+
+
 def test_files_of_others_may_count_from_one_and_be_broken(tmp_path):
     for number in (1, 2, 10):
         (tmp_path / "x").mkdir(exist_ok=True)
@@ -94,7 +95,13 @@ def test_files_of_others_may_count_from_one_and_be_broken(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("x/best.cif", "no number"), ("x/1.txt", "has no <material_id>"), (None, "expected a folder")]
+    ("name", "message"),
+    [
+        ("x/best.cif", "no number"),
+        ("x/99999999999.cif", "no number < 100000"),
+        ("x/1.txt", "has no <material_id>"),
+        (None, "expected a folder"),
+    ],
 )
 def test_wrong_folders_are_named_in_one_line(tmp_path, name, message):
     if name:
@@ -105,42 +112,70 @@ def test_wrong_folders_are_named_in_one_line(tmp_path, name, message):
     assert "\n" not in str(error.value)
 
 
-def test_ids_that_leave_the_folder_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="material_id"):
-        write_samples(tmp_path, "../x", [cesium_chloride()])
+def test_two_files_of_one_number_are_refused(tmp_path):
+    (tmp_path / "x").mkdir()
+    for name in ("1.cif", "01.cif"):
+        (tmp_path / "x" / name).write_text("")
+    with pytest.raises(ValueError, match="expected different ones"):
+        read_samples(tmp_path, ["x"])
 
 
-def fill(folder, calls, fail_at=None, **settings):
-    def make(rows, number):
+@pytest.mark.parametrize("material_id", ["../x", "..", ".", "", "a/b", "a\\b", "a\0b", "/x", "summary.json"])
+def test_ids_that_leave_the_folder_are_refused(tmp_path, material_id):
+    folder = tmp_path / "output"
+    for action in (
+        lambda: write_samples(folder, material_id, [cesium_chloride()]),
+        lambda: fill(folder, [material_id]),
+    ):
+        with pytest.raises(ValueError, match="material_id is") as error:
+            action()
+        assert "\n" not in str(error.value)
+    assert contents(tmp_path) == {}
+
+
+def fill(folder, names="abcde", calls=None, fail_at=None):
+    calls = [] if calls is None else calls
+
+    def make(rows):
         if len(calls) == fail_at:
             raise KeyboardInterrupt
         calls.append(rows)
-        return [[cesium_chloride(3 + row + number / 10)] * 2 for row in rows]
+        return [[cesium_chloride(3 + row)] * 2 for row in rows]
 
-    fill_folder(folder, list("abcde"), [5, 1, 3, 2, 4], 2, settings, make, chunk_atoms=6)
+    sizes = dict(zip("abcde", [10, 2, 6, 4, 8]))
+    fill_folder(folder, list(names), [sizes.get(name, 1) for name in names], make, chunk_atoms=6)
+    return calls
 
 
 def test_an_interruption_costs_one_chunk_and_changes_no_file(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    fill(whole, calls := [], seed=0)
-    assert calls == [[1, 3], [2], [4], [0]]  # by size, at most 6 atoms or one crystal
+    assert fill(whole) == [[1, 3], [2], [4], [0]]  # by size, at most 6 atoms or one crystal
     with pytest.raises(KeyboardInterrupt):
-        fill(broken, calls := [], fail_at=2, seed=0)
-    fill(broken, calls := [], seed=0)
-    assert calls == [[4], [0]]
+        fill(broken, fail_at=2)
+    assert fill(broken) == [[4], [0]]
     assert contents(whole) == contents(broken)
-    fill(broken, calls := [], seed=0)
-    assert calls == []
+    assert fill(broken) == []
     (whole / "d" / "energies.json").unlink()
-    fill(whole, calls := [], seed=0)
-    assert calls == [[1, 3]]
+    (whole / "e" / "01.cif").unlink()
+    assert fill(whole) == [[3], [4]]
     assert contents(whole) == contents(broken)
+
+
+def test_a_write_that_fails_leaves_no_file_that_looks_complete(tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_samples(tmp_path, "a", [cesium_chloride()])
+    assert contents(tmp_path) == {}
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path):
-    fill(tmp_path, [], seed=0)
+    check_settings(tmp_path, {"seed": 0, "n_steps": None})
+    check_settings(tmp_path, {"seed": 0, "n_steps": None})
     with pytest.raises(ValueError, match="seed=0, expected 1: choose another folder") as error:
-        fill(tmp_path, [], seed=1)
+        check_settings(tmp_path, {"seed": 1, "n_steps": None})
     assert "\n" not in str(error.value)
 
 
@@ -148,182 +183,181 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
 
 
 def test_a_checkpoint_is_scored_once_and_again_from_its_files(checkpoint, tmp_path, monkeypatch):
-    settings = {"n_structures": 3, "n_samples": 2, "n_steps": 3, "seed": 1, "n_jobs": 1}
-    first = evaluate_checkpoint(checkpoint, "prototypes", tmp_path, **settings)
+    first = evaluate_checkpoint(checkpoint, "prototypes", tmp_path, QUICK)
     assert len(list(tmp_path.glob("*/*.cif"))) == 6
-    assert first.summary["settings"]["n_steps"] == 3
+    assert (first.summary["settings"]["n_steps"], first.summary["settings"]["seed"]) == (3, 1)
     assert json.loads((tmp_path / "summary.json").read_text())["scores"]["n_references"] == 3
     before = contents(tmp_path)
     monkeypatch.setattr(evaluation, "make_candidates", lambda *_, **__: pytest.fail("sampled again"))
-    again = evaluate_checkpoint(checkpoint, "prototypes", tmp_path, **settings)
+    again = evaluate_checkpoint(checkpoint, "prototypes", tmp_path, QUICK)
     assert contents(tmp_path) == before
     pd.testing.assert_frame_equal(again.table, first.table)
     with pytest.raises(ValueError, match="n_samples=2, expected 4"):
-        evaluate_checkpoint(checkpoint, "prototypes", tmp_path, **settings | {"n_samples": 4})
+        evaluate_checkpoint(checkpoint, "prototypes", tmp_path, EvaluationConfig(n_structures=3, n_samples=4, seed=1))
 
 
-def test_the_table_on_disk_gives_the_same_summary(checkpoint, tmp_path):
-    result = evaluate_checkpoint(
-        checkpoint, "prototypes", tmp_path, source="templates", n_structures=4, n_samples=3, n_jobs=1
+@pytest.mark.parametrize("source", ["chains", "start_descended", "templates"])
+def test_half_of_the_samples_deleted_come_back_with_the_same_scores(checkpoint, tmp_path, source):
+    settings = EvaluationConfig(source=source, n_structures=4, n_samples=3, n_steps=3, n_jobs=1)
+    first = evaluate_checkpoint(checkpoint, "prototypes", tmp_path, settings)
+    before = contents(tmp_path)
+    for path in sorted(tmp_path.glob("*/*.cif"))[:6]:
+        path.unlink()
+    again = evaluate_checkpoint(checkpoint, "prototypes", tmp_path, settings)
+    assert contents(tmp_path).keys() == before.keys()
+    for (got, _), (expected, _) in zip(values(again), values(first), strict=True):
+        assert got == pytest.approx(expected, abs=1e-3, nan_ok=True)
+
+
+def values(result):
+    """Every number of the summary with its name."""
+    scores = result.summary["scores"]
+    return [(number, name) for name, value in scores.items() for number in np.ravel(value)]
+
+
+def test_more_crystals_use_the_samples_there(checkpoint, tmp_path):
+    few = evaluate_checkpoint(checkpoint, "prototypes", tmp_path, QUICK)
+    before = contents(tmp_path)
+    n = len(load_split("prototypes", "test"))
+    more = evaluate_checkpoint(
+        checkpoint, "prototypes", tmp_path, EvaluationConfig(n_structures=n, n_samples=2, n_steps=3, seed=1, n_jobs=1)
     )
-    read = summarise(read_per_crystal(tmp_path / "per_crystal.csv"))
-    for name, value in result.summary["scores"].items():
-        assert read[name] == pytest.approx(value, abs=1e-5, nan_ok=True), name
-    assert result.summary["scores"]["match_rate"] > 0
+    samples = {name: content for name, content in before.items() if "/" in name}
+    assert samples.items() <= contents(tmp_path).items()
+    for name in few.table.index:
+        assert more.table.loc[name, "rms"] == pytest.approx(few.table.loc[name, "rms"], nan_ok=True)
+
+
+def test_the_files_hold_the_scores(checkpoint, tmp_path):
+    """The summary and the table on disk, against the matcher's driver called on the samples on disk."""
+    settings = EvaluationConfig(source="templates", n_structures=4, n_samples=3, n_jobs=1)
+    result = evaluate_checkpoint(checkpoint, "prototypes", tmp_path, settings)
+    references = result.references
+    expected, _ = evaluate_csp(references.structures, read_samples(tmp_path, references.material_ids, 3), 1)
+    written = json.loads((tmp_path / "summary.json").read_text())["scores"]
+    assert written["match_rate"] == expected["match_rate"] > 0
+    assert written["match_rate_good@1"] == expected["match_rate_good@1"]
+    table = pd.read_csv(tmp_path / "per_crystal.csv", index_col="material_id", keep_default_na=False)
+    assert table.index.tolist() == list(references.material_ids)
+    assert json.loads(table["rms"].iloc[0])[0] == result.table["rms"].iloc[0][0]
 
 
 def test_a_folder_of_perfect_cifs_scores_perfectly_and_missing_files_count(checkpoint, tmp_path):
-    chosen = evaluation.choose_crystals(load_split("prototypes", "test"), 4, 0)
-    for structure in chosen.structures[:3]:
-        folder = tmp_path / "peer" / structure.properties["material_id"]
+    split = load_split("prototypes", "test")
+    for row in choose(range(len(split)), 4, 0)[:3]:
+        folder = tmp_path / "peer" / split.material_ids[row]
         folder.mkdir(parents=True)
-        structure.to(str(folder / "0.cif"))
-    result = evaluate_cifs(
-        tmp_path / "peer", "prototypes", tmp_path / "scores", checkpoint=checkpoint, n_structures=4, n_jobs=1
-    )
+        split[row].to(str(folder / "0.cif"))
+    settings = EvaluationConfig(n_structures=4, n_jobs=1)
+    result = evaluate_cifs(tmp_path / "peer", "prototypes", tmp_path / "scores", settings, checkpoint)
     scores = result.summary["scores"]
-    assert (scores["match_rate"], scores["n_missing"]) == (0.75, 1)
+    assert (scores["match_rate"], scores["match_rate_strict"], scores["match_rate_good"]) == (0.75, 0.75, 0.75)
+    assert scores["n_missing"] == 1
     assert scores["rmse"] == pytest.approx(0, abs=1e-5)
     assert result.table["energy"].iloc[0][0] == pytest.approx(result.table["reference_energy"].iloc[0], abs=1e-3)
-
-
-def test_validation_is_a_number_that_repeats(model):
-    validate = validation_match_rate(load_split("prototypes", "val"), n_structures=3, n_samples=2, n_steps=2)
-    assert 0 <= validate(model) == validate(model) <= 1
+    assert results_table([result.summary], published=False)["method"].unique() == ["CIF files"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"source": "guess"}, "source is 'guess'"),
-        ({"checkpoint": None}, "model is None"),
-        ({"dataset": "x"}, "name='x'"),
+        ({"n_samples": 0}, "n_samples is 0, expected ≥ 1"),
+        ({"n_structures": -5}, "n_structures is -5, expected ≥ 1"),
+        ({"seed": -1}, "seed is -1, expected ≥ 0"),
     ],
 )
+def test_wrong_settings_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluationConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"checkpoint": None}, "model is None"), ({"dataset": "x"}, "name='x'")]
+)
 def test_wrong_arguments_are_named(checkpoint, tmp_path, options, message):
-    arguments = {"checkpoint": checkpoint, "dataset": "prototypes", "output_dir": tmp_path, "n_structures": 1} | options
+    arguments = {"checkpoint": checkpoint, "dataset": "prototypes", "output_dir": tmp_path} | options
     with pytest.raises(ValueError, match=message):
         evaluate_checkpoint(**arguments)
 
 
-# Candidates and their judge
-
-
-@pytest.mark.parametrize("source", SOURCES)
-def test_each_source_gives_the_composition_asked_for_and_repeats(source, model, training):
-    species = [[11, 17], [22, 8, 8]]
-    first, again = (
-        make_candidates(source, species, 3, 5, model=model, library=TemplateLibrary(training), n_steps=3)
-        for _ in range(2)
-    )
-    assert [len(candidates) for candidates in first] == [3, 3]
-    for numbers, candidates in zip(species, first):
-        assert candidates[0] is not None
-        for candidate in filter(None, candidates):
-            assert sorted(candidate.atomic_numbers) == sorted(numbers)
-            assert math.isfinite(candidate.properties["energy"])
-    assert first == again
-
-
-def harmonic(crystals: Crystals) -> torch.Tensor:
-    """Lowest for a volume of 30 Å³ a crystal and atoms 1 Å apart (of two)."""
-    gap = crystals.positions[1::2] - crystals.positions[::2]
-    return (crystals.volume / 30).log() ** 2 + (gap.norm(dim=1) - 1) ** 2
-
-
-class Harmonic(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
-
-    def forward(self, crystals):
-        return harmonic(crystals)
-
-
-def test_descent_never_climbs_and_reaches_a_known_minimum(model):
-    start = [cesium_chloride(3.5, shift) for shift in (0.05, 0.1, 0.15)]
-    energies = [[s.properties["energy"] for s in with_energies(model, descend(model, start, n))] for n in (0, 5, 20)]
-    for earlier, later in itertools.pairwise(energies):
-        assert np.all(np.array(later) <= np.array(earlier) + 1e-6)
-    pair = Structure(Lattice.cubic(3.5), ["Na", "Cl"], [[0.4, 0.4, 0.4], [0.6, 0.6, 0.6]])
-    (found,) = descend(Harmonic(), [pair], 200)
-    assert found.volume == pytest.approx(30, rel=1e-2)
-
-
-def test_ranking_is_by_the_energy_of_the_model(model):
-    candidates = [cesium_chloride(a) for a in (3.0, 4.0, 2.5, 3.5)]
-    ranked = rank_candidates(model, candidates)
-    energies = model(Crystals.from_structures(ranked)).tolist()
-    assert energies == sorted(energies)
-    assert [s.properties["energy"] for s in ranked] == pytest.approx(energies, abs=1e-5)
-    assert "energy" not in candidates[0].properties
-    with pytest.raises(ValueError, match=r"compositions \[\], expected exactly one"):
-        rank_candidates(model, [])
-
-
-def test_a_short_chain_stays_near_its_start_and_a_longer_one_leaves(model):
-    moved = [relax(model, [cesium_chloride()], noise, n_steps=5)[0] for noise in (0.03, 0.9)]
-    changes = [abs(structure.volume / cesium_chloride().volume - 1) for structure in moved]
-    assert changes[0] < 0.05
-    assert changes[0] < changes[1]
-    assert model.config.noise_max == NOISY.noise_max  # the model itself is as before
-
-
-def test_candidates_may_be_ranked_after_pooling():
-    first = pd.DataFrame({"rms": [[math.nan, 0.1], [math.nan]], "energy": [[1.0, 3.0], [2.0]]})
-    second = pd.DataFrame({"rms": [[0.2], [0.3]], "energy": [[0.5], [4.0]]})
-    table = ranking_table(pool_candidates([first, second]), [1, 3])
-    assert table["first"].tolist() == [0, 0]
-    assert table["lowest_energy"].tolist() == [0, 0.5]
-    assert table["random"].tolist() == pytest.approx([0, (2 / 3 + 1 / 2) / 2])
-    assert table["best_of_n"].tolist() == [0, 1]
+def test_methods_are_called_what_they_are(checkpoint, training, tmp_path):
+    assert set(METHODS) | {"chains"} == set(SOURCES)
+    result = evaluate_checkpoint(checkpoint, "prototypes", tmp_path / "noise", QUICK)
+    assert result.summary["settings"]["method"] == "score matching, noise levels"
+    model = initial_model(training, PLAIN, seed=0).eval().requires_grad_(False)
+    settings = {"dataset": "prototypes", "training": {"objective": "contrastive_divergence"}}
+    plain = save_checkpoint(tmp_path / "plain.safetensors", model, settings)
+    result = evaluate_checkpoint(plain, "prototypes", tmp_path / "mala", QUICK)
+    assert result.summary["settings"]["method"] == "contrastive divergence, annealed MALA"
 
 
 # What scores are compared with
 
 
 def summary(dataset="perov5", official=True, n_structures=100):
-    scores = {f"{name}@{k}": value for name, value in (("match_rate", 0.5), ("rmse", 0.1)) for k in (1, 20)}
-    scores |= {f"match_rate@{k}_interval": [0.4, 0.6] for k in (1, 20)} | {"n_references": n_structures, "n_missing": 0}
-    settings = {"dataset": dataset, "split": "test", "method": "ours", "n_samples": 20, "seed": 0}
-    data = {"official": official, "n_crystals": 3785}
-    return {
-        "settings": settings | {"n_structures": n_structures},
-        "data": data,
-        "trained_on": {"n_structures": 7},
-        "scores": scores,
-    }
+    scores = {"n_references": n_structures, "n_samples": 20, "n_missing": 0}
+    for end in ("@1", "@20", "_lowest_energy"):
+        scores |= {f"match_rate{end}": 0.5, f"match_rate{end}_interval": [0.4, 0.6], f"rmse{end}": 0.1}
+        scores |= {f"match_rate_strict{end}": 0.3, f"match_rate_good{end}": 0.2}
+    settings = {"dataset": dataset, "split": "test", "method": "ours", "n_samples": 20, "seed": 0, "n_steps": 100}
+    settings |= {"n_structures": n_structures, "trained_on": {"n_structures": 7}}
+    return {"settings": settings, "data": {"official": official, "n_crystals": 3785}, "scores": scores}
 
 
-def test_results_stand_beside_the_published_ones_with_remarks():
+def test_results_are_numbers_that_stand_beside_the_published_ones():
     table = results_table([summary(), summary("mp20", official=False, n_structures=3785)])
-    perov5 = table[table["dataset"] == "perov5"].set_index(["method", "k"])
-    assert perov5.loc[("DiffCSP", 20), "match rate (%)"] == "98.60"
-    assert perov5.loc[("ours", 1), "95 % interval"] == "40.0 – 60.0"
-    assert perov5.loc[("ours", 1), "remarks"] == "100 of 3785 crystals, chosen by seed 0"
+    perov5 = table[table["dataset"] == "perov5"].set_index(["method", "k", "filter"])
+    assert perov5.loc[("DiffCSP", 20, "valid samples"), "match_rate"] == pytest.approx(0.986)
     ours = table[(table["dataset"] == "mp20") & (table["method"] == "ours")]
-    assert set(ours["remarks"]) == {"not the official split, trained on 7 crystals"}
-    assert len(table) == 2 * (2 + 6)
-    assert to_markdown(table).count("\n") == len(table) + 2
+    assert ours["k"].tolist() == [1, 20, 1]
+    assert ours["chosen_from"].tolist() == [0, 0, 20]
+    assert set(ours["remarks"]) == {"not the official split; trained on 7 crystals"}
+    assert "100 of 3785 crystals, chosen by seed 0" in table["remarks"][0]
+    mp20 = table[(table["dataset"] == "mp20") & (table["method"] == "DiffCSP") & (table["k"] == 1)]
+    assert mp20.set_index("filter")["match_rate"].to_dict() == {"valid samples": 0.5149, "none": 0.5782}
 
 
-def test_the_overview_puts_all_k_of_a_method_in_one_row():
-    results = results_table([summary()]).astype({"k": str, "RMSE": str})
-    table = overview_table(results)
-    assert table.columns.tolist() == ["data set", "method", "k = 1 (%)", "RMSE", "k = 20 (%)", "RMSE"]
-    assert table["method"].tolist() == ["ours", "P-cG-SchNet", "CDVAE", "DiffCSP"]
-    assert table["k = 1 (%)"][0].endswith(" [40.0, 60.0]") and table["k = 20 (%)"][3] == "98.60"
+def test_a_model_without_energies_has_no_row_for_the_lowest():
+    without = summary()
+    without["scores"]["match_rate_lowest_energy"] = None  # as read from JSON
+    assert results_table([without], published=False)["k"].tolist() == [1, 20]
 
 
-def test_the_ceiling_of_one_answer_is_the_mean_of_one_over_m():
-    ceiling, shares = single_answer_ceiling(pd.Series([1, 2, 2, 5]))
-    assert ceiling == pytest.approx((1 + 0.5 + 0.5 + 0.2) / 4)
-    assert shares["share"].tolist() == [0.25, 0.5, 0.25]
-    counts = polymorph_counts(load_split("prototypes", "test"))
-    assert counts.min() >= 1
-    assert len(counts) == len(load_split("prototypes", "test"))
+def test_the_command_prints_each_method_in_one_row(tmp_path, capsys):
+    files = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    for path, dataset in zip(files, ("perov5", "mp20")):
+        results_table([summary(dataset)]).to_csv(path, index=False)
+    evaluation.main([str(path) for path in files])
+    lines = capsys.readouterr().out.splitlines()
+    end = " | strict / good | RMSE |"
+    assert lines[0].startswith(f"| data set | method | filter | k = 1 (%){end} k = 20 (%){end} lowest energy of 20 (%)")
+    cells = "50.0 [40.0, 60.0] | 30.0 / 20.0 | 0.1000"
+    assert lines[2] == f"| perov5 | ours | none | {cells} | {cells} | {cells} |"
+    assert "| perov5 | DiffCSP | valid samples | 52.02 |  | 0.0760 | 98.60 |  | 0.0128 |  |  |  |" in lines
+    with pytest.raises(SystemExit):
+        evaluation.main([str(tmp_path / "absent.csv")])
+    assert "is no file" in capsys.readouterr().err
 
 
-def test_perov5_has_two_crystals_a_composition(data_dir):
-    ceiling, _ = single_answer_ceiling(polymorph_counts(load_split("perov5", "test")))
-    assert ceiling == pytest.approx(0.51, abs=0.01)
+def test_the_module_is_a_command():
+    command = [sys.executable, "-m", "contsp_core.csp.evaluation"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "usage: python -m contsp_core.csp.evaluation" in done.stderr
+
+
+def test_two_rows_of_one_name_are_not_mixed_up():
+    twice = results_table([summary(), summary(n_structures=50)])
+    with pytest.raises(ValueError, match="results has 'ours' on 'perov5' twice"):
+        overview_table(twice)
+    same = results_table([summary(), summary()])
+    assert len(overview_table(same)) == len(overview_table(results_table([summary()])))
+
+
+def test_a_missing_number_is_a_dash():
+    none = summary()
+    none["scores"] |= {"match_rate@1": 0.0, "rmse@1": math.nan}
+    table = overview_table(results_table([none], published=False))
+    assert table.iloc[0, 5] == "–"
+    assert to_markdown(table).count("\n") == 3

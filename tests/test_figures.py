@@ -8,11 +8,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
 from pymatgen.core import Lattice, Structure
 
 from contsp_core.csp import figures
-from contsp_core.csp.figures import EDGE_PIECES, SHADES, boundary_atoms, crystal_marks, view_rotation
+from contsp_core.csp.figures import PIECES, SHADES, boundary_atoms, crystal_marks, find_bonds, lay_out, view_rotation
 
 PEROVSKITE = Structure(
     Lattice.cubic(3.905),
@@ -47,15 +46,16 @@ def test_boundary_atoms_do_not_depend_on_the_image_or_on_rounding():
 def test_view_is_a_proper_rotation_so_that_handedness_is_shown(sign):
     cell = np.random.default_rng(0).normal(size=(3, 3))
     cell[2] *= sign * np.sign(np.linalg.det(cell))
-    rotation = view_rotation(cell)
+    rotation = view_rotation(cell, 24, 18)
     np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-12)
     assert np.linalg.det(rotation) == pytest.approx(1)
     assert (cell @ rotation)[2, 1] > 0  # the third lattice vector points up
 
 
-def test_crystal_picture_has_a_sphere_for_each_drawn_atom_and_twelve_edges():
-    marks = crystal_marks(PEROVSKITE)
-    assert sum(mark.face == "none" for mark in marks) == 12 * EDGE_PIECES
+def test_crystal_picture_has_a_sphere_for_each_drawn_atom_all_bonds_and_twelve_edges():
+    marks = crystal_marks(lay_out(PEROVSKITE))
+    bonds = 6 + 8 * 3  # Ti–O; and for each corner the oxygen atoms of the three faces that meet there
+    assert sum(mark.face == "none" for mark in marks) == (12 + 2 * bonds) * PIECES
     assert sum(mark.face != "none" for mark in marks) == 15 * len(SHADES)
     ax = figures.draw_crystal(PEROVSKITE).axes[0]
     assert len(ax.collections[0].get_paths()) == len(marks)
@@ -64,13 +64,54 @@ def test_crystal_picture_has_a_sphere_for_each_drawn_atom_and_twelve_edges():
 
 
 def test_crystal_picture_is_painted_from_back_to_front():
-    marks = crystal_marks(PEROVSKITE, azimuth=0, elevation=0)  # seen along +b
+    marks = crystal_marks(lay_out(PEROVSKITE, azimuth=0, elevation=0))  # seen along +b
     depths = [mark.depth for mark in marks]
     assert depths == sorted(depths)
     spheres = [mark for mark in marks if mark.line_width == 0.5]
     strontium = max(mark.path.get_extents().width for mark in spheres)
     corners = [mark.depth for mark in spheres if mark.path.get_extents().width > 0.99 * strontium]
     np.testing.assert_allclose(np.diff(corners), [0, 0, 0, 3.905, 0, 0, 0], atol=1e-9)
+
+
+def coordination(structure: Structure) -> dict[str, list[int]]:
+    """Number of bonds of each atom of the middle cell of a 3×3×3 supercell, by element."""
+    block = structure.make_supercell([3, 3, 3], in_place=False)
+    numbers, center = np.array(block.atomic_numbers), block.lattice.matrix.sum(axis=0) / 2
+    bonds = find_bonds(block.cart_coords, numbers)
+    middle = np.argsort(np.linalg.norm(block.cart_coords - center, axis=1))[: len(structure)]
+    counts = np.bincount(bonds.ravel(), minlength=len(block))
+    return {symbol: [int(counts[i]) for i in middle if block[int(i)].specie.symbol == symbol] for symbol in SYMBOLS}
+
+
+SYMBOLS = ("Na", "Cl", "C", "Ti", "O")
+
+
+@pytest.mark.parametrize(
+    ("structure", "expected"),
+    [
+        (ROCK_SALT, {"Na": 6, "Cl": 6}),
+        (Structure.from_spacegroup("Fd-3m", Lattice.cubic(3.57), ["C"], [[0, 0, 0]]), {"C": 4}),
+        (
+            Structure.from_spacegroup(
+                "P4_2/mnm", Lattice.tetragonal(4.594, 2.959), ["Ti", "O"], [[0, 0, 0], [0.305, 0.305, 0]]
+            ),
+            {"Ti": 6, "O": 3},
+        ),
+    ],
+)
+def test_bonds_join_true_neighbours_only(structure, expected):
+    found = coordination(structure)
+    for symbol, count in expected.items():
+        assert found[symbol]
+        assert set(found[symbol]) == {count}
+
+
+def test_metals_are_bonded_where_there_is_nothing_else():
+    iron = Structure(Lattice.cubic(2.866), ["Fe"] * 2, [[0, 0, 0], [0.5, 0.5, 0.5]])
+    assert len(find_bonds(iron.cart_coords, np.array(iron.atomic_numbers))) == 1
+    pair = np.array([[0, 0, 0], [0, 0, 3.46]])  # Ba and Ti of BaTiO3 are nearer than their metallic radii
+    assert len(find_bonds(pair, np.array([56, 22]))) == 1
+    assert len(find_bonds(np.vstack([pair, [9, 9, 9]]), np.array([56, 22, 8]))) == 0
 
 
 def test_grid_of_crystals_draws_each_one():
@@ -80,18 +121,6 @@ def test_grid_of_crystals_draws_each_one():
         figures.draw_crystals([PEROVSKITE, ROCK_SALT], titles=["a"])
     with pytest.raises(ValueError, match="structures is empty"):
         figures.draw_crystals([])
-
-
-def test_interactive_view_shows_the_cell_and_the_boundary_atoms():
-    view = figures.view_crystal(PEROVSKITE)
-    assert type(view).__name__ == "NGLWidget"
-    assert any("unitcell" in str(message) for message in view._ngl_msg_archive)
-    assert view._ngl_full_stage_parameters is not None
-
-
-def test_interactive_view_falls_back_to_a_picture(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "nglview", None)
-    assert isinstance(figures.view_crystal(PEROVSKITE), Figure)
 
 
 def test_training_curves_draw_the_quantities_that_are_there():
@@ -109,7 +138,6 @@ def test_displacement_figure_has_one_row_for_each_dataset():
     titles = [ax.get_title() for ax in figure.axes if ax.collections]
     assert titles == ["BaTiO3", "SrTiO3", "NaCl"]
     assert figure.axes[0].get_gridspec().get_geometry() == (2, 2)
-    assert len(figures.displacement_energy_plotly(displacement_table()).data) == 3
 
 
 def test_match_rate_is_drawn_in_percent_with_its_interval():

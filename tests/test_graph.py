@@ -106,6 +106,37 @@ def test_one_atom_has_its_images_as_neighbours(build):
 
 
 @BUILDERS
+@pytest.mark.parametrize("flat", [[[4.0, 0, 0], [4000, 4, 0], [1e6, 5e5, 4]], np.diag([1e-5, 1e-5, 1e5])])
+def test_a_cell_with_too_many_images_is_refused_before_memory_is_taken(build, flat):
+    crystals = Crystals.from_arrays(np.stack([np.eye(3) * 4, flat]), np.zeros((3, 3)), [[1], [2, 3]], torch.float64)
+    with pytest.raises(ValueError, match=r"crystal 1 has .* candidate pairs for R = .* Å, expected ≤ 5e\+07") as error:
+        build(crystals, cutoff_radius(crystals))
+    assert "\n" not in str(error.value)
+
+
+@BUILDERS
+def test_a_thousand_atoms_and_a_plate_are_not_too_many(build):
+    rng = np.random.default_rng(0)
+    cells = [np.eye(3) * 27, np.diag([30, 30, 0.01])]
+    positions = np.concatenate([rng.random((n, 3)) @ cell for n, cell in zip((1000, 2), cells)])
+    crystals = Crystals.from_arrays(np.stack(cells), positions, [[1] * 1000, [2, 3]], torch.float64)
+    cutoff = cutoff_radius(crystals, 1.0)
+    assert edge_set(build(crystals, cutoff).directed()) == neighbours_of_ase(crystals, cutoff)
+
+
+@BUILDERS
+def test_an_atom_that_is_nowhere_keeps_its_edges(build):
+    """Dropped, they would leave a finite energy."""
+    crystals = Crystals.from_arrays(np.stack([np.eye(3) * 4] * 2), np.zeros((3, 3)), [[1, 1], [1]], torch.float64)
+    positions = crystals.positions.clone()
+    positions[0] = torch.nan
+    lost = crystals.replace(positions=positions)
+    found = build(lost, cutoff_radius(crystals, 0.9))
+    assert len(found.source) > 0 and (crystals.system_idx[found.source] == 0).all()
+    assert edge_vectors(lost, found).isnan().all()
+
+
+@BUILDERS
 def test_two_atoms_at_one_point_are_neighbours(build):
     """The self term is left out by index, not by distance."""
     crystal = Crystals.from_arrays(9 * np.eye(3)[None], np.zeros((2, 3)), [[1, 1]], torch.float64)

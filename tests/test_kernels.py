@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -81,23 +84,23 @@ def test_lengths_and_their_gradients_are_those_of_autograd():
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_the_sigmoid_in_single_precision_is_right_over_its_whole_range():
+@pytest.mark.parametrize(("dtype", "limit", "tolerance"), [(torch.float32, 80, 1e-6), (torch.float64, 700, 1e-14)])
+def test_the_sigmoid_is_right_over_its_whole_range(dtype, limit, tolerance):
     """One atom pair at distance 0 with w = v = 1, so that the message is the sigmoid."""
-    x = np.concatenate([np.linspace(-100, 100, 4001), [0, -1e-30, 87.9, -87.9]])
+    x = torch.cat([torch.linspace(-1.3 * limit, 1.3 * limit, 4001), torch.tensor([0, -1e-30])]).to(dtype)
     count = len(x)
-    a = torch.zeros(2 * count, 2)
-    a[::2, 0] = torch.as_tensor(x)
+    a = torch.zeros(2 * count, 2, dtype=dtype)
+    a[::2, 0] = x
     a[::2, 1] = 1
-    table = torch.tensor([[1.0, 1.0, 0.0, 0.0]] * 2)
+    table = torch.tensor([[1.0, 1.0, 0.0, 0.0]] * 2, dtype=dtype)
     pair = torch.arange(0, 2 * count, 2)
-    graph = Graph(pair, pair + 1, torch.zeros(count, 3, dtype=torch.int32))
-    edges = EdgeList(graph, np.array([0, count]))
-    out = kernels.message_sum(a, torch.zeros_like(a), table, torch.zeros(count), torch.ones(count), 1.0, edges)
-    found = out[::2, 0].numpy()
-    expected = special.expit(x.astype(np.float32).astype(float))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-7)
-    inside = np.abs(x) < 80  # beyond, the exponent is held back from overflow
-    np.testing.assert_allclose(found[inside], expected[inside], rtol=1e-5)
+    edges = EdgeList(Graph(pair, pair + 1, torch.zeros(count, 3, dtype=torch.int32)), np.array([0, count]))
+    at, one = torch.zeros(count, dtype=dtype), torch.ones(count, dtype=dtype)
+    found = kernels.message_sum(a, torch.zeros_like(a), table, at, one, 1.0, edges)[::2, 0].numpy()
+    expected = special.expit(x.double().numpy())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+    inside = np.abs(x.numpy()) < limit  # beyond, the exponent is held back from overflow
+    np.testing.assert_allclose(found[inside], expected[inside], rtol=20 * tolerance)
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads():
@@ -115,6 +118,41 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
 
+def energy_in_a_child(queue) -> None:
+    kernels._pool().submit(int).result()
+    queue.put(energy_and_gradient(small_model(), random_batch())[0].tolist())
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_does_not_wait_for_threads_it_does_not_have():
+    threads = torch.get_num_threads()
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    try:
+        torch.set_num_threads(2)
+        here = energy_and_gradient(small_model(), random_batch())[0]
+        child = context.Process(target=energy_in_a_child, args=(queue,), daemon=True)
+        child.start()
+        child.join(60)
+        ended = child.exitcode
+        child.kill()
+    finally:
+        torch.set_num_threads(threads)
+    assert ended == 0
+    np.testing.assert_allclose(queue.get(), here.numpy(), rtol=1e-12)
+
+
+def test_another_number_of_threads_starts_no_other_pool():
+    threads = torch.get_num_threads()
+    try:
+        for n_threads in range(2, 6):
+            torch.set_num_threads(n_threads)
+            build_edges(random_batch(), cutoff_radius(random_batch()))
+    finally:
+        torch.set_num_threads(threads)
+    assert sum(thread.name.startswith("contsp") for thread in threading.enumerate()) <= os.cpu_count()
+
+
 def test_threads_share_the_edges_by_whole_crystals():
     crystals = random_batch()
     threads = torch.get_num_threads()
@@ -130,15 +168,31 @@ def test_threads_share_the_edges_by_whole_crystals():
     assert len(bounds) == 4 and all(systems[bound - 1] != systems[bound] for bound in inner)
 
 
-def test_interpolation_errors_stay_below_what_the_energy_must_reach():
-    """Single precision has a coarser table; the slope of the interpolant is less exact than its value."""
-    config = replace(SMALL, n_basis=32)
-    for dtype, tolerances in ((torch.float64, (1e-11, 1e-9, 1e-9)), (torch.float32, (2e-5, 1e-4, 1e-4))):
-        model, crystals = small_model(config, dtype), random_batch(dtype=dtype)
-        fused = energy_and_gradient(model, crystals)
-        model.use_kernels = False
-        for ours, plain, tolerance in zip(fused, energy_and_gradient(model, crystals), tolerances):
-            torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("width", [8, 32, 96])
+def test_both_paths_agree_at_every_width(width, dtype, tolerance):
+    """The filter is interpolated: its slope is less exact than its value."""
+    model = small_model(replace(SMALL, n_basis=32, width=width), dtype)
+    crystals = random_batch(dtype=dtype)
+    fused = energy_and_gradient(model, crystals)
+    model.use_kernels = False
+    plain = energy_and_gradient(model, crystals)
+    for ours, expected, factor in zip(fused, plain, (1, 10, 10)):
+        torch.testing.assert_close(ours, expected, rtol=factor * tolerance, atol=factor * tolerance)
+
+
+def test_an_atom_that_is_nowhere_reads_no_memory_but_the_table():
+    """Its distances are NaN, and so is what it receives; the row of the table must still be one."""
+    (a, b, table, distance, weight), edges = message_inputs()
+    lost = distance.detach().clone()
+    lost[0] = torch.nan
+    found = kernels.message_sum(a, b, table, lost, weight, 2.0, edges)
+    both = [int(edges.graph.source[0]), int(edges.graph.target[0])]
+    (gradient,) = torch.autograd.grad(found.sum(), table)
+    assert found[both].isnan().all()
+    elsewhere = [atom for atom in range(len(a)) if atom not in both]
+    assert found[elsewhere].isfinite().all()
+    assert gradient.isnan().any(dim=1).nonzero()[:, 0].tolist() == [0, 1]
 
 
 def test_a_second_derivative_is_refused_instead_of_wrong():

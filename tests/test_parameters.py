@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import nbformat
 import papermill
 import parameters as notebook
 import pytest
-from parameters import check_parameters
-
-from contsp_core.data import choose
+from parameters import RULES, check_parameters, optional, output_folder
 
 GOOD = {
     "dataset": "prototypes",
     "seed": 0,
-    "checkpoint": None,
+    "checkpoint": "prototypes",
     "n_structures": None,
+    "n_samples": 20,
     "n_steps": 10,
+    "n_updates": None,
+    "n_processes": 2,
+    "minutes": 0.5,
+    "resume": True,
     "output_dir": "runs",
 }
 
@@ -32,11 +37,20 @@ def test_right_parameters_are_returned_for_the_record():
         ("seed", -1, "an integer ≥ 0"),
         ("seed", True, "an integer ≥ 0"),
         ("seed", 1.0, "an integer ≥ 0"),
-        ("n_steps", 0, "an integer ≥ 1"),
-        ("n_structures", "10", "an integer ≥ 1"),
+        ("n_steps", 0, "an integer ≥ 1, or None"),
+        ("n_structures", "10", "an integer ≥ 1, or None"),
+        ("n_samples", None, "an integer ≥ 1"),
+        ("n_updates", -5, "an integer ≥ 1, or None"),
+        ("n_processes", 0, "an integer ≥ 1"),
+        ("minutes", 0, "minutes > 0, or None"),
+        ("minutes", float("nan"), "minutes > 0, or None"),
+        ("minutes", float("inf"), "minutes > 0, or None"),
+        ("resume", 1, "type bool"),
+        ("checkpoint", None, "a file that exists"),
         ("checkpoint", "nowhere.safetensors", "a file that exists"),
         ("checkpoint", 3, "a file that exists"),
         ("output_dir", "", "a folder"),
+        ("output_dir", None, "a folder"),
         ("output_dir", __file__, "a folder"),
     ],
 )
@@ -84,6 +98,29 @@ def test_declared_rules_take_values_types_and_functions():
             check_parameters(right | wrong, **rules)
 
 
+def test_optional_allows_none_and_nothing_else():
+    rules = {"checkpoint": optional(RULES["checkpoint"]), "device": optional(("cpu", "cuda"))}
+    nothing = {"checkpoint": None, "device": None}
+    assert check_parameters(nothing, **rules) == nothing
+    with pytest.raises(ValueError, match=r"device='tpu', expected one of cpu, cuda, or None$"):
+        check_parameters(nothing | {"device": "tpu"}, **rules)
+
+
+def test_output_folder_is_made_where_asked(tmp_path, monkeypatch):
+    monkeypatch.delenv("CONTSP_OUTPUT_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert output_folder("a/b") == Path("a/b")
+    assert (tmp_path / "a" / "b").is_dir()
+    assert output_folder(str(tmp_path / "c")) == tmp_path / "c"
+
+
+@pytest.mark.parametrize("output_dir", ["../../figures", "figures", "/figures", Path("figures")])
+def test_output_folder_stays_inside_the_folder_of_the_variable(tmp_path, monkeypatch, output_dir):
+    monkeypatch.setenv("CONTSP_OUTPUT_DIR", str(tmp_path / "elsewhere"))
+    assert output_folder(output_dir) == tmp_path / "elsewhere" / "figures"
+    assert (tmp_path / "elsewhere" / "figures").is_dir()
+
+
 @pytest.fixture(scope="module")
 def small_notebook(tmp_path_factory):
     """A notebook with one parameters cell and its check."""
@@ -107,17 +144,10 @@ def small_notebook(tmp_path_factory):
     [({"n_steps": 7}, None), ({"n_steps": 7, "steps": 7}, "unknown parameter 'steps'")],
 )
 def test_papermill_run_stops_on_a_wrong_parameter(small_notebook, tmp_path, parameters, message):
-    arguments = {"parameters": parameters, "progress_bar": False, "log_output": False}
+    folder = Path(notebook.__file__).parent
+    arguments = {"parameters": parameters, "cwd": folder, "progress_bar": False, "log_output": False}
     if message is None:
         papermill.execute_notebook(str(small_notebook), str(tmp_path / "out.ipynb"), **arguments)
         return
     with pytest.raises(papermill.PapermillExecutionError, match=message):
         papermill.execute_notebook(str(small_notebook), str(tmp_path / "out.ipynb"), **arguments)
-
-
-def test_limited_choice_is_seeded_ordered_and_without_repeats():
-    chosen = choose(range(100), 10, seed=1)
-    assert chosen == sorted(set(chosen))
-    assert len(chosen) == 10
-    assert chosen == choose(range(100), 10, seed=1) != choose(range(100), 10, seed=2)
-    assert choose(range(5), None) == choose(range(5), 9) == [0, 1, 2, 3, 4]

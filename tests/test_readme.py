@@ -1,39 +1,89 @@
-"""The example in the README runs as printed."""
+"""What the README shows and says is there: examples run as printed, tables are those of the files they cite."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from contsp_core.checkpoints import CHECKPOINTS
 from contsp_core.csp.evaluation import overview_table, to_markdown
+from contsp_core.data import DATASETS
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+FIGURES = sorted(set(re.findall(r"\]\(figures/([^)]+\.png)\)", TEXT)))
 
 
-def test_python_example_runs_and_predicts_the_formula_asked_for(capsys):
-    if not (CHECKPOINTS / "prototypes.safetensors").is_file():
-        pytest.skip("the bundled checkpoint of prototypes is missing")
-    (snippet,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    namespace: dict = {}
-    exec(compile(snippet, "README.md", "exec"), namespace)
-    assert {structure.composition.reduced_formula for structure in namespace["candidates"]} == {"NaCl"}
-    assert "space group" in capsys.readouterr().out
+def markdown_tables(text: str) -> list[list[list[str]]]:
+    """Tables, each a list of rows of cells, the rule below the header left out."""
+    blocks = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    rows = [[[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()] for block in blocks]
+    return [[row for row in table if not re.fullmatch("[-: ]+", "".join(row))] for table in rows]
+
+
+def test_links_and_pictures_exist():
+    targets = re.findall(r"\]\(<?([^)#>\s]+)", re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL))
+    targets = [target for target in targets if not re.match(r"[a-z]+:", target)]
+    assert len(targets) > 20
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_each_figure_comes_from_a_notebook_that_is_named(figure):
+    (notebook,) = ROOT.glob(f"notebooks/{figure[:2]}_*.ipynb")
+    assert f"](notebooks/{notebook.name})" in TEXT
+    source = notebook.read_text(encoding="utf-8")
+    stem = re.sub("_(all|" + "|".join(DATASETS) + r"|(?:[A-Z][a-z]?\d*)+)$", "", Path(figure).stem)
+    assert stem.removeprefix("04_") in source, f"{notebook.name} does not save {stem}"
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.splitlines()[0])
+def test_example_runs_as_printed(tmp_path, example):
+    command = [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", example]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_module_and_every_notebook_is_listed():
-    text = README.read_text(encoding="utf-8")
-    table = text[text.index("## How to read the code") :]
-    modules = [path.stem for path in README.parent.glob("contsp_core/*.py") if path.stem != "__init__"]
-    assert [name for name in modules if f"`{name}`" not in table] == []
-    notebooks = [path.name for path in README.parent.glob("notebooks/*.ipynb")]
-    assert [name for name in notebooks if f"](notebooks/{name})" not in text] == []
+    table = TEXT[TEXT.index("## How to read the code") :]
+    modules = [path.stem for path in ROOT.glob("contsp_core/**/*.py") if path.stem != "__init__"]
+    assert [name for name in modules if not re.search(rf"`(csp[./])?{name}(\.py)?`", table)] == []
+    for name in re.findall(r"^\| `([\w./]*\w)`", table, re.MULTILINE):
+        stem = re.split(r"[./]", name.removesuffix(".py"))[-1]
+        assert stem in [*modules, "csp"], f"{name} is listed, but there is no such module"
+    notebooks = [path.name for path in ROOT.glob("notebooks/*.ipynb")]
+    assert [name for name in notebooks if f"](notebooks/{name})" not in TEXT] == []
 
 
 def test_the_results_are_those_of_the_executed_notebooks():
-    files = [README.parent / "figures" / f"04_results_{name}.csv" for name in ("perov5", "mp20", "mpts52")]
-    results = pd.concat([pd.read_csv(path, dtype=str, keep_default_na=False) for path in files])
-    assert to_markdown(overview_table(results)) in README.read_text(encoding="utf-8")
+    files = [ROOT / "figures" / f"04_results_{name}.csv" for name in ("perov5", "mp20", "mpts52")]
+    results = pd.concat([pd.read_csv(path) for path in files])
+    assert to_markdown(overview_table(results)) in TEXT
+
+
+def test_the_audit_is_that_of_the_file_it_cites():
+    (path,) = set(re.findall(r"figures/01_audit_\w+\.csv", TEXT))
+    written = pd.read_csv(ROOT / path)
+    (shown,) = [table for table in markdown_tables(TEXT) if table[0][0] == "check"]
+    rows = {row[0]: row[1:] for row in shown[1:]}
+    values = written.drop(columns="kind").set_index("check")
+    assert set(rows) == set(values.index)
+    assert len(shown[0]) - 1 == len(values.columns)
+    for check, cells in rows.items():
+        expected = values.loc[check].tolist()
+        assert [float(cell) for cell in cells] == pytest.approx(expected, rel=0.051), check
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"make ([a-z][\w-]*)", " ".join(re.findall(r"```sh.*?```|`[^`]+`", TEXT, re.DOTALL)))
+    known = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    known += [f"{job}-{name}" for job in ("train", "evaluate") for name in ("perov5", "mp20", "mpts52")]
+    assert targets
+    assert set(targets) <= set(known)

@@ -1,11 +1,24 @@
-"""Contrastive divergence on models solvable by hand, invariance of the training map (P7), and the visible loop."""
+"""Contrastive divergence on models solvable by hand, invariance of training (P7), and runs that survive."""
 
 from __future__ import annotations
 
 import copy
 import csv
+import errno
+import errno
 import math
-from dataclasses import replace
+import os
+import random
+import resource
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -13,34 +26,38 @@ import strategies
 import torch
 from hypothesis import given, settings
 from test_energy import NOISY, SMALL, small_model
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from contsp_core import Crystals, contrastive, load_model, training
-from contsp_core.checkpoints import read_settings
-from contsp_core.data import load_split
+from contsp_core import Crystals, checkpoints, load_model, training
+from contsp_core.checkpoints import read_settings, read_tensors
+from contsp_core.data import load_split, write_whole
 from contsp_core.diffusion import random_noise_levels, score_matching_step
-from contsp_core.energy import PRESETS, EnergyConfig
+from contsp_core.energy import NOISE_LEVELS, PRESETS, EnergyConfig
 from contsp_core.mala import AnnealConfig
 from contsp_core.training import (
-    FINE_TUNING,
-    SCORE_MATCHING,
-    ReplayBuffer,
+    OBJECTIVES,
+    PAPER,
+    Job,
     TrainConfig,
+    TrainState,
     contrastive_divergence_step,
     initial_model,
     main,
     preset,
     run,
-    train,
+    train_step,
 )
-from contsp_core.transformations import random_redescription
+from contsp_core.transformations import TRANSFORMATIONS, random_redescription
 
-SHORT = TrainConfig(batch_size=16, max_atoms=6, chain=AnnealConfig(n_steps=3))
-DENOISING = TrainConfig(objective="score_matching", batch_size=16, learning_rate=3e-3)
+SHORT = replace(PAPER, batch_size=16, max_atoms=6, chain=AnnealConfig(n_steps=3))
+DENOISING = TrainConfig(batch_size=16, learning_rate=3e-3)
+CONFIGS = {"score_matching": DENOISING, "contrastive_divergence": SHORT}
+ENERGIES = {"score_matching": NOISY, "contrastive_divergence": SMALL}
+
 LOG_VOLUME = math.log(50.0)
 
 
-def generator(seed: int = 0) -> torch.Generator:
+def make_rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -68,14 +85,14 @@ def cubic_crystals(edges: list[float], dtype: torch.dtype = torch.float64) -> Cr
 @pytest.fixture
 def chains(monkeypatch) -> list[dict]:
     """Records the start and the end of every batch of chains."""
-    seen, anneal = [], contrastive.anneal
+    seen, anneal = [], training.anneal
 
     def record(energy, crystals, config, rng, on_step, start):
         state = anneal(energy, crystals, config, rng, on_step, start)
         seen.append({"initial": crystals, "start": start, "final": state.crystals})
         return state
 
-    monkeypatch.setattr(contrastive, "anneal", record)
+    monkeypatch.setattr(training, "anneal", record)
     return seen
 
 
@@ -83,7 +100,7 @@ def chains(monkeypatch) -> list[dict]:
 def test_the_gradient_is_the_one_derived_by_hand(chains, penalty):
     """∂/∂θ of mean(E − Ẽ) + α (mean E² + mean Ẽ²) with E = θ g is mean g − mean g̃ + 2αθ (mean g² + mean g̃²)."""
     model, crystals = VolumeModel(3.0), cubic_crystals([3.0, 3.5, 4.0])
-    row = contrastive_divergence_step(model, crystals, replace(SHORT, energy_penalty=penalty), generator())
+    row = contrastive_divergence_step(model, crystals, replace(SHORT, energy_penalty=penalty), make_rng())
     real, sampled = statistic(crystals), statistic(chains[0]["final"])
     squares = real.square().mean() + sampled.square().mean()
     expected = real.mean() - sampled.mean() + 2 * penalty * 3.0 * squares
@@ -106,11 +123,11 @@ def test_with_chains_in_equilibrium_the_gradient_is_that_of_the_likelihood():
     )
     model = VolumeModel(theta)
     config = TrainConfig(energy_penalty=0.0, expand_p=1.0, chain=chain)
-    row = contrastive_divergence_step(model, cubic_crystals([4.0] * n_systems), config, generator(1))
+    row = contrastive_divergence_step(model, cubic_crystals([4.0] * n_systems), config, make_rng(1))
     expected = (math.log(64) - LOG_VOLUME) ** 2 - 1 / (2 * theta)
     error = math.sqrt(2 / n_systems) / (2 * theta)
     assert float(model.theta.grad) == pytest.approx(expected, abs=4 * error)
-    assert 0.4 < row["acceptance_rate"] < 0.99 and row["n_nonfinite"] == 0
+    assert 0.4 < row["acceptance_rate"] < 0.99 and row["nonfinite_rate"] == 0
 
 
 def real_crystals(request, dataset: str) -> Crystals:
@@ -124,9 +141,10 @@ def real_crystals(request, dataset: str) -> Crystals:
 
 @pytest.mark.parametrize("dataset", ["prototypes", "perov5"])
 def test_training_does_not_see_how_real_crystals_are_described(request, dataset):
-    """P7: the same generator gives the same loss and gradient for 64 crystals and for re-descriptions of them."""
-    crystals, rng = real_crystals(request, dataset), generator(8)
-    redescribed = Crystals.cat([random_redescription(crystals[index], rng) for index in range(len(crystals))])
+    """P7: the same generator gives the same loss and gradient for 64 crystals and for re-descriptions of every kind."""
+    crystals, rng = real_crystals(request, dataset), make_rng(8)
+    kinds = [entry.function for entry in TRANSFORMATIONS.values() if entry.kind == "re-description"]
+    redescribed = Crystals.cat([kinds[index % len(kinds)](crystals[index], rng) for index in range(len(crystals))])
     assert (redescribed.n_atoms != crystals.n_atoms).any()
     assert max(float(grad.norm()) for grad in assert_same_update(crystals, redescribed).values()) > 1e-3
 
@@ -142,7 +160,7 @@ def assert_same_update(crystals: Crystals, redescribed: Crystals) -> dict[str, T
     losses, gradients = [], []
     for batch in (crystals, redescribed):
         model = small_model(SMALL).train()
-        row = contrastive_divergence_step(model, batch, SHORT, generator(0))
+        row = contrastive_divergence_step(model, batch, SHORT, make_rng(0))
         losses.append(row["loss"])
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     assert losses[0] == pytest.approx(losses[1], rel=1e-9, abs=1e-9)
@@ -153,148 +171,132 @@ def assert_same_update(crystals: Crystals, redescribed: Crystals) -> dict[str, T
 
 def test_a_step_leaves_the_model_as_it_was_but_for_the_gradient():
     model = small_model(SMALL, torch.float32).train()
-    contrastive_divergence_step(model, cubic_crystals([3.0, 4.0], torch.float32), SHORT, generator())
+    contrastive_divergence_step(model, cubic_crystals([3.0, 4.0], torch.float32), SHORT, make_rng())
     assert model.training and all(parameter.requires_grad for parameter in model.parameters())
     assert all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
-# Replay buffer
-
-
-def test_a_buffer_returns_the_last_sample_of_the_same_species():
-    buffer, batch = ReplayBuffer(), cubic_crystals([3.0, 4.0])
-    assert buffer.get([84]) is None and len(buffer) == 0
-    buffer.put(batch[0], 3)
-    buffer.put(batch[1], 7)
-    sample, update = buffer.get([84])
-    assert update == 7 and torch.equal(sample.cell, batch[1].cell) and len(buffer) == 1
-    assert buffer.get([84, 84]) is None
+# Buffer of samples
 
 
 def test_buffered_chains_start_at_the_last_sample_further_down_the_schedule(chains):
     model, crystals = VolumeModel(3.0), cubic_crystals([3.0])
-    config, buffer = replace(SHORT, buffer_share=1.0, buffer_start=0.4, expand_p=1.0), ReplayBuffer()
-    first = contrastive_divergence_step(model, crystals, config, generator(0), buffer, update=0)
-    second = contrastive_divergence_step(model, crystals, config, generator(1), buffer, update=5)
+    config, buffer = replace(SHORT, buffer_share=1.0, buffer_start=0.4, expand_p=1.0), {}
+    first = contrastive_divergence_step(model, crystals, config, make_rng(0), buffer, update=0)
+    second = contrastive_divergence_step(model, crystals, config, make_rng(1), buffer, update=5)
     assert (first["buffer_share"], second["buffer_share"], second["buffer_age"]) == (0, 1, 5)
     assert chains[0]["start"].tolist() == [0] and chains[1]["start"].tolist() == pytest.approx([0.4])
     assert torch.equal(chains[1]["initial"].cell, chains[0]["final"].cell)
+    assert buffer.keys() == {(84,)} and torch.equal(buffer[(84,)][0].cell, chains[1]["final"].cell)
+    contrastive_divergence_step(model, cubic_crystals([3.0, 4.0]), replace(config, expand_p=1e-3), make_rng(1), buffer)
+    assert chains[2]["start"].tolist() == [0, 0]  # other species
 
 
 def test_without_a_share_the_buffer_is_not_used(chains):
-    buffer = ReplayBuffer()
+    buffer = {}
     for update in range(2):
-        contrastive_divergence_step(VolumeModel(3.0), cubic_crystals([3.0]), SHORT, generator(0), buffer, update)
+        contrastive_divergence_step(VolumeModel(3.0), cubic_crystals([3.0]), SHORT, make_rng(0), buffer, update)
     assert torch.equal(chains[0]["initial"].cell, chains[1]["initial"].cell)
-    assert len(buffer) >= 1
+    assert not buffer
 
 
-# The loop
+# One update
+
+
+def prototypes(n: int = 24) -> Crystals:
+    return load_split("prototypes", "train").crystals.to(torch.float32)[:n]
+
+
+def make_state(objective: str = "score_matching", **changes) -> tuple[TrainState, TrainConfig]:
+    config = replace(CONFIGS[objective], **changes)
+    return TrainState(initial_model(prototypes(), ENERGIES[objective], 0), config), config
+
+
+def rows_of(n_updates: int, **changes) -> list[dict]:
+    state, config = make_state(**changes)
+    return [train_step(state, prototypes(), config, progress=0.0) for _ in range(n_updates)]
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
     config = TrainConfig(learning_rate=2.0, warmup=4, final_learning_rate=0.1)
-    rates = [
-        training._learning_rate(config, update, progress) for update, progress in ((0, 0), (3, 0), (9, 0.5), (99, 1))
-    ]
-    assert rates == pytest.approx([0.5, 2.0, 1.1, 0.2])
-    assert training._learning_rate(TrainConfig(), 17, 0.7) == pytest.approx(1e-3)  # the paper's is constant
-
-
-def loop(n_updates: int, stop=None, **changes) -> list[dict]:
-    crystals = load_split("prototypes", "train").crystals.to(torch.float32)[:24]
-    config = replace(DENOISING, n_updates=n_updates, **changes)
-    return [row for row, _ in train(initial_model(crystals, NOISY, 0), crystals, config, stop)]
-
-
-def without_time(rows: list[dict]) -> list[dict]:
-    return [{name: value for name, value in row.items() if name != "elapsed_s"} for row in rows]
+    moments = ((0, 0), (3, 0), (9, 0.5), (99, 1))
+    assert [training._learning_rate(config, *moment) for moment in moments] == pytest.approx([0.5, 2.0, 1.1, 0.2])
+    assert training._learning_rate(PAPER, 17, 0.7) == pytest.approx(1e-3)  # constant
 
 
 def test_training_repeats_with_its_seed():
-    assert without_time(loop(3)) == without_time(loop(3))
-    assert without_time(loop(3)) != without_time(loop(3, seed=1))
+    assert rows_of(3) == rows_of(3) != rows_of(3, seed=1)
 
 
-def test_the_loop_ends_after_its_updates_its_time_or_when_told():
-    assert [row["update"] for row in loop(4)] == [0, 1, 2, 3]
-    assert len(loop(100, time_limit_s=1e-9)) == 0
-    assert len(loop(100, stop=lambda: True)) == 1
+def test_every_epoch_takes_each_crystal_once_in_a_new_order():
+    config = TrainConfig(batch_size=4)
+    epochs = [[training._batch(10, config, update).tolist() for update in (n, n + 1, n + 2)] for n in (0, 3)]
+    assert [[len(batch) for batch in epoch] for epoch in epochs] == [[4, 4, 2]] * 2
+    orders = [[index for batch in epoch for index in batch] for epoch in epochs]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(10)) and orders[0] != orders[1]
 
 
 def test_averaged_weights_follow_the_last_ones():
     """averaged ← d averaged + (1 − d) weights, with d = min(decay, (1 + n) / (10 + n))."""
-    crystals = load_split("prototypes", "train").crystals.to(torch.float32)[:24]
-    model = initial_model(crystals, NOISY, 0)
-    expected = model.fc_final.weight.detach().clone()
-    for row, averaged in train(model, crystals, replace(DENOISING, n_updates=4, ema_decay=0.3)):
-        decay = min(0.3, (1 + row["update"]) / (10 + row["update"]))
-        expected = decay * expected + (1 - decay) * model.fc_final.weight.detach()
-        torch.testing.assert_close(averaged.fc_final.weight, expected)
-
-
-@pytest.mark.parametrize("objective", ["contrastive_divergence", "score_matching"])
-def test_a_loss_that_is_not_a_number_stops_the_training(objective):
-    crystals = load_split("prototypes", "train").crystals.to(torch.float32)[:8]
-    model = initial_model(crystals, NOISY if objective == "score_matching" else SMALL, 0)
-    with torch.no_grad():
-        model.fc_final.bias.fill_(math.nan)
-        model.fc_final.weight.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="update 0: loss nan"):
-        next(train(model, crystals, replace(SHORT, objective=objective)))
+    state, config = make_state(ema_decay=0.3)
+    expected = state.model.fc_final.weight.detach().clone()
+    for update in range(4):
+        train_step(state, prototypes(), config, progress=0.0)
+        decay = min(0.3, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * state.model.fc_final.weight.detach()
+        torch.testing.assert_close(state.averaged.fc_final.weight, expected)
 
 
 def test_gradients_are_clipped_and_their_norm_before_that_is_reported():
-    rows = loop(2, clip_norm=1e-6, learning_rate=1e-3)
-    assert all(row["gradient_norm"] > 1e-4 for row in rows)
+    state, config = make_state(clip_norm=1e-6)
+    assert train_step(state, prototypes(), config, progress=0.0)["gradient_norm"] > 1e-4
+    assert torch.cat([p.grad.flatten() for p in state.model.parameters()]).norm() < 1.1e-6
 
 
-@pytest.mark.parametrize("objective", ["contrastive_divergence", "score_matching"])
-def test_a_run_leaves_a_checkpoint_with_its_settings_and_a_log(tmp_path, objective):
-    config = replace(SHORT if objective == "contrastive_divergence" else DENOISING, n_updates=3)
-    energy = SMALL if objective == "contrastive_divergence" else NOISY
-    output, shown = tmp_path / "runs" / "tiny.safetensors", []
-    history = run("prototypes", energy, config, output, n_structures=20, on_row=shown.append)
-    assert [row["update"] for row in history] == [0, 1, 2] == [row["update"] for row in shown]
-    with output.with_suffix(".csv").open(newline="") as file:
-        log = list(csv.DictReader(file))
-    assert [float(row["loss"]) for row in log] == [row["loss"] for row in history]
-    settings = read_settings(output)
-    assert settings["dataset"] == "prototypes" and settings["n_structures"] == 20 and settings["n_updates"] == 3
-    assert settings["training"]["batch_size"] == 16 and settings["training"]["objective"] == objective
-    assert load_model(output).config == energy
-    assert {file.name for file in output.parent.iterdir()} == {"tiny.safetensors", "tiny.csv"}
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_loss_that_is_not_finite_changes_nothing(objective):
+    state, config = make_state(objective)
+    with torch.no_grad():
+        state.model.fc_final.weight.fill_(math.inf)
+    before = copy.deepcopy(state.model.state_dict())
+    row = train_step(state, prototypes(), config, progress=0.0)
+    assert state.update == 0 and not math.isfinite(row["loss"] + row["gradient_norm"])
+    assert torch.equal(state.model.embedding.weight, before["embedding.weight"])
+    assert not state.optimiser.state
 
 
-def test_the_best_model_by_validation_is_the_one_saved(tmp_path):
-    scores = iter([0.2, 0.7, 0.1, 0.3])
-    output = tmp_path / "best.safetensors"
-    config = replace(DENOISING, n_updates=100)
-    options = {"n_structures": 16, "validate_every": 1, "patience": 2}
-    history = run("prototypes", NOISY, config, output, validate=lambda _: next(scores), **options)
-    assert [row["validation"] for row in history] == [0.2, 0.7, 0.1, 0.3]  # and stops after two without a new best
-    assert read_settings(output)["n_updates"] == 2
+def denoising_loss(model: nn.Module, crystals: Crystals) -> float:
+    """At the same noise for every model."""
+    sigma = random_noise_levels(model, len(crystals), make_rng(1))
+    return score_matching_step(copy.deepcopy(model).requires_grad_(True), crystals, sigma, make_rng(2))["loss"]
 
 
 def test_a_hundred_updates_lower_the_denoising_loss_on_the_prototypes():
-    """Over all training crystals, at the same noise before and after."""
     crystals = load_split("prototypes", "train").crystals.to(torch.float32)
     energy = replace(NOISY, width=16, n_basis=16, basis_max=12.0, cutoff_multiple=2.0, noise_min=0.05, noise_max=1.0)
-    model = initial_model(crystals, energy, 0)
-    before = denoising_loss(model, crystals)
-    config = replace(DENOISING, n_updates=100, learning_rate=1e-2, clip_norm=1.0, ema_decay=0.9)
-    *_, (_, averaged) = train(model, crystals, config)
-    assert denoising_loss(averaged, crystals) < 0.94 * before
+    config = replace(DENOISING, learning_rate=1e-2, ema_decay=0.9)
+    state = TrainState(initial_model(crystals, energy, 0), config)
+    before = denoising_loss(state.averaged, crystals)
+    for update in range(100):
+        train_step(state, crystals, config, progress=update / 100)
+    assert denoising_loss(state.averaged, crystals) < 0.94 * before
 
 
-def denoising_loss(model, crystals: Crystals) -> float:
-    sigma = random_noise_levels(model, len(crystals), generator(1))
-    return score_matching_step(copy.deepcopy(model).requires_grad_(True), crystals, sigma, generator(2))["loss"]
+def test_the_bundled_prototypes_denoise_their_training_crystals():
+    """0.40 at its last update; a zero energy has 1."""
+    crystals, model = load_split("prototypes", "train").crystals.to(torch.float32), load_model("prototypes")
+    assert denoising_loss(model, crystals) < 0.45
+    with torch.no_grad():  # a checkpoint with its numbers in disorder is found out
+        weight = model.conv_layers[1].lin2.weight
+        weight.copy_(weight.flatten()[torch.randperm(weight.numel(), generator=make_rng())].view_as(weight))
+    assert denoising_loss(model, crystals) > 0.6
+
+
+# Where training begins
 
 
 def test_the_initial_model_depends_on_its_seed_alone():
-    crystals = load_split("prototypes", "train").crystals.to(torch.float32)[:30]
-    states = [initial_model(crystals, NOISY, seed).state_dict() for seed in (0, 0, 1)]
+    states = [initial_model(prototypes(30), NOISY, seed).state_dict() for seed in (0, 0, 1)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not torch.equal(states[0]["fc_final.weight"], states[2]["fc_final.weight"])
 
@@ -302,8 +304,7 @@ def test_the_initial_model_depends_on_its_seed_alone():
 def test_a_model_with_noise_levels_knows_volumes_and_cells_of_the_training_crystals():
     crystals = load_split("prototypes", "train").crystals.to(torch.float32)
     model = initial_model(crystals, NOISY, 0)
-    expected = model.atomic_volume[crystals.atomic_numbers]
-    sums = torch.zeros(len(crystals)).index_add(0, crystals.system_idx, expected)
+    sums = crystals.sum_atoms(model.atomic_volume[crystals.atomic_numbers])
     constant = crystals.volume.mean() / crystals.n_atoms.float().mean() * crystals.n_atoms
     assert (sums / crystals.volume).log().std() < 0.7 * (constant / crystals.volume).log().std()
     torch.testing.assert_close(torch.linalg.det(model.start_cells).abs(), torch.ones(len(model.start_cells)))
@@ -317,24 +318,457 @@ def test_the_published_preset_is_the_papers():
     chain = config.chain
     assert (chain.n_steps, chain.step_first, chain.step_last) == (1000, 0.5, 5e-4)
     assert (chain.temperature_first, chain.temperature_last, chain.proposal) == (1.0, 1e-3, "cartesian")
-    assert config.n_updates == 5 * math.ceil(11356 / 128)
-    with pytest.raises(ValueError, match="objective is 'likelihood', expected 'score_matching', 'contrastive"):
-        preset("perov5", "likelihood")
+    assert config == replace(PAPER, n_updates=5 * math.ceil(11356 / 128))
+
+
+def test_presets_defaults_and_command_line_agree(monkeypatch, tmp_path):
+    assert preset("perov5") == (replace(NOISE_LEVELS, strain_noise=0.1, noise_default=0.3), TrainConfig())
+    jobs = []
+    monkeypatch.setattr(training, "run", lambda job, on_row: jobs.append(job) or TrainState(small_model(), job.config))
+    main(["--dataset", "perov5"])
+    main(["--dataset", "mp20", "--minutes", "2", "--output", "x.safetensors"])
+    energy, config = preset("perov5")
+    assert jobs[0] == Job("perov5", Path("runs/perov5.safetensors"), energy, config)
+    assert jobs[1].config == replace(preset("mp20")[1], n_updates=None, time_limit_s=120.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("oqmd",), "dataset is 'oqmd', expected one of prototypes, perov5, mp20, mpts52, carbon24"),
+        (("oqmd", "contrastive_divergence"), "dataset is 'oqmd', expected one of prototypes"),
+        (("perov5", "likelihood"), "objective is 'likelihood', expected one of score_matching, contrastive_divergence"),
+    ],
+)
+def test_an_unknown_preset_names_the_known_ones(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        preset(*arguments)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{name: value} for name in training.LIMITS for value in (math.nan, -1, math.inf, "many")]
+    + [{"n_updates": 0}, {"n_updates": 1.5}, {"batch_size": 0}, {"batch_size": None}, {"time_limit_s": 0}]
+    + [{"expand_p": 0}, {"seed": 2**70}, {"objective": "likelihood"}, {"n_updates": None}],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_refused(changes):
+    (name,) = changes
+    with pytest.raises(ValueError, match=f"^{name} is .*, expected ") as error:
+        TrainConfig(**changes)
+    assert "\n" not in str(error.value)
+
+
+# Runs
+
+
+def tiny_job(output: Path, objective: str = "score_matching", **changes) -> Job:
+    """Six updates with a model of a few hundred weights."""
+    names = set(Job.__dataclass_fields__) & set(changes)
+    options = {name: changes.pop(name) for name in names}
+    config = replace(CONFIGS[objective], **({"n_updates": 6, "batch_size": 4, "buffer_share": 0.5} | changes))
+    energy = replace(ENERGIES[objective], width=4, n_basis=4, n_conv=1, n_fc=2, cutoff_multiple=2.0)
+    return Job("prototypes", output, energy, config, **({"n_structures": 6} | options))
+
+
+def log_of(job: Job) -> list[dict[str, str]]:
+    """Rows of the log but for the time."""
+    with job.log.open(newline="") as file:
+        return [{name: value for name, value in row.items() if name != "elapsed_s"} for row in csv.DictReader(file)]
+
+
+def assert_same_result(job: Job, other: Job) -> None:
+    """Weights, averaged weights, optimiser, buffer and log are equal to the last bit."""
+    (tensors, _), (expected, _) = read_tensors(job.state), read_tensors(other.state)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    assert all(map(torch.equal, load_model(job.output).parameters(), load_model(other.output).parameters()))
+    assert log_of(job) == log_of(other)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_run_leaves_a_checkpoint_with_its_settings_and_a_log(tmp_path, objective):
+    job, shown = tiny_job(tmp_path / "runs" / "tiny.safetensors", objective), []
+    state = run(job, shown.append)
+    assert [row["update"] for row in shown] == list(range(6)) and state.update == 6
+    assert [float(row["loss"]) for row in log_of(job)] == [row["loss"] for row in shown]
+    made = read_settings(job.output)
+    assert made["dataset"] == "prototypes" and made["n_structures"] == 6 and made["n_updates"] == 6
+    assert made["training"] == asdict(job.config) and made["last_row"] == shown[-1] and made["n_retries"] == 0
+    assert load_model(job.output).config == job.energy
+    assert all(map(torch.equal, load_model(job.output).parameters(), state.averaged.parameters()))
+    assert {file.name for file in job.output.parent.iterdir()} == {"tiny.safetensors", "tiny.csv", "tiny.state"}
+
+
+def test_a_run_ends_when_its_time_is_over(tmp_path):
+    state = run(tiny_job(tmp_path / "tiny.safetensors", n_updates=None, time_limit_s=0.3))
+    assert state.update > 0 and 0.3 <= state.elapsed_s < 5
 
 
 def test_a_run_may_start_from_a_checkpoint(tmp_path):
     """With a learning rate of zero the weights come back as they were, whatever the objective."""
-    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
-    energy = replace(NOISY, width=8, n_basis=8)
-    run("prototypes", energy, replace(SCORE_MATCHING, n_updates=2, batch_size=8), first, n_structures=8)
-    chain = replace(FINE_TUNING.chain, n_steps=2)
-    still = replace(FINE_TUNING, n_updates=2, batch_size=4, learning_rate=0.0, chain=chain)
-    run("prototypes", energy, still, second, n_structures=8, initial=first)
-    before, after = load_model(first), load_model(second)
-    assert all(torch.equal(old, new) for old, new in zip(before.parameters(), after.parameters(), strict=True))
-    assert after.settings["initial"] == str(first) and before.settings["initial"] is None
+    first = tiny_job(tmp_path / "first.safetensors")
+    run(first)
+    changes = {"initial": first.output, "learning_rate": 0.0, "n_updates": 2}
+    second = tiny_job(tmp_path / "second.safetensors", "contrastive_divergence", **changes)
+    run(second)
+    before, after = load_model(first.output), load_model(second.output)
+    assert all(map(torch.equal, before.parameters(), after.parameters()))
+    assert read_settings(second.output)["initial"] == "first.safetensors"
+    with pytest.raises(ValueError, match="score_matching needs an energy with noise levels"):
+        run(replace(tiny_job(tmp_path / "third.safetensors"), energy=SMALL))
+    run(tiny_job(tmp_path / "paper.safetensors", "contrastive_divergence", n_updates=1))
+    with pytest.raises(ValueError, match="score_matching needs an energy with noise levels"):
+        run(tiny_job(tmp_path / "third.safetensors", initial=tmp_path / "paper.safetensors"))
+    assert not list(tmp_path.glob("third*"))
 
 
-def test_fine_tuning_needs_a_checkpoint():
-    with pytest.raises(SystemExit, match="--initial is missing"):
-        main(["--dataset", "prototypes", "--objective", "fine_tuning"])
+# Interruptions
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_and_resume_goes_on_as_if_it_had_not(tmp_path, objective, number):
+    straight = tiny_job(tmp_path / "straight.safetensors", objective)
+    run(straight)
+    job = replace(straight, output=tmp_path / "stopped.safetensors")
+
+    def interrupt(row):
+        if row["update"] == 2:
+            os.kill(os.getpid(), number)
+
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    state = run(job, interrupt)
+    assert (state.update, state.stopped_by, len(log_of(job))) == (3, number, 3)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert run(replace(job, resume=True)).update == 6
+    assert_same_result(job, straight)
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path):
+    job = tiny_job(tmp_path / "tiny.safetensors", n_updates=2)
+    run(job)
+    assert run(replace(job, config=replace(job.config, n_updates=4), resume=True)).update == 4
+    assert [row["update"] for row in log_of(job)] == ["0", "1", "2", "3"]
+    for changes, name in (({"learning_rate": 1.0}, "training"), ({"n_structures": 5}, "n_structures")):
+        with pytest.raises(ValueError, match=f"was saved with {name} = "):
+            run(tiny_job(job.output, resume=True, **changes))
+
+
+def kill_and_resume(folder: str, n_kills: int) -> None:
+    """Kill a training again and again, and compare its end with that of one left alone; prints how often it ended.
+
+    Writes are slowed down, so that they are hit, and happen after every update. Run in a process of its own, which
+    has loaded everything, so that its children start at once.
+    """
+    straight, rng, n_ends = tiny_job(Path(folder) / "straight.safetensors", n_updates=30), random.Random(0), 0
+    job = tiny_job(Path(folder) / "killed.safetensors", n_updates=30, resume=True, save_every_s=1e-9)
+    split = load_split("prototypes", "train")
+    training.load_split = lambda *_: split
+    run(straight)
+    while n_kills > 0 or n_ends == 0:
+        child = os.fork()
+        if not child:
+            checkpoints.write_whole = write_slowly
+            run(job)
+            os._exit(0)
+        time.sleep(rng.uniform(0.0, 0.4) if n_kills > 0 else 0.0)
+        if n_kills > 0 and os.waitpid(child, os.WNOHANG) == (0, 0):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            n_kills -= 1
+        elif n_kills == 0:
+            assert os.waitpid(child, 0)[1] == 0
+        if job.output.is_file():
+            load_model(job.output)
+        if job.state.is_file() and read_tensors(job.state) and log_of(job)[29:]:
+            run(job)
+            assert_same_result(job, straight)
+            n_ends += 1
+            for path in (job.output, job.log, job.state):
+                path.unlink()
+    print(n_ends)
+
+
+def write_slowly(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    write_whole(path, lambda file: write(SlowFile(file)))
+
+
+class SlowFile:
+    """Writes in forty pieces."""
+
+    def __init__(self, file) -> None:
+        self.file = file
+
+    def write(self, content: bytes) -> None:
+        size = len(content) // 40 + 1
+        for start in range(0, len(content), size):
+            self.file.write(content[start : start + size])
+            self.file.flush()
+            time.sleep(2e-4)
+
+
+def in_a_process(call: str) -> str:
+    """What a function of this module prints, called in a fresh process with one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", f"import test_training; test_training.{call}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_training_killed_at_thirty_moments_ends_as_if_left_alone(tmp_path):
+    assert int(in_a_process(f"kill_and_resume({str(tmp_path)!r}, 30)")) >= 1
+    assert not list(tmp_path.glob(".*"))  # nor do half-written files stay
+
+
+def test_a_full_disk_is_told_and_what_was_saved_before_is_intact(tmp_path):
+    """The kernel itself refuses to write beyond so many bytes, in the middle of a state."""
+    job, straight = (tiny_job(tmp_path / f"{name}.safetensors", save_every_s=1e-9) for name in ("full", "straight"))
+    run(straight)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(row):
+        if row["update"] == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job.state.stat().st_size // 2, limits[1]))
+
+    try:
+        with pytest.raises(OSError, match=r"full\.safetensors cannot be saved: File too large; what was saved before"):
+            run(job, fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert read_settings(job.output)["n_updates"] == 3 and load_model(job.output)
+    assert sorted(path.name for path in tmp_path.glob("*full*")) == ["full.csv", "full.safetensors", "full.state"]
+    run(replace(job, resume=True))
+    assert_same_result(job, straight)
+
+
+@pytest.mark.parametrize("n_calls", range(4))
+def test_a_disk_that_fails_at_any_call_loses_nothing(tmp_path, monkeypatch, n_calls):
+    """Each save asks the disk five times: for the log, and for state and checkpoint with their folder."""
+    job = tiny_job(tmp_path / "full.safetensors")
+    run(replace(job, config=replace(job.config, n_updates=3)))
+    fsync, calls = os.fsync, []
+
+    def fail(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 5 + n_calls:  # the first save of a resumed run goes well
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="cannot be saved: No space left on device"):
+            run(replace(job, resume=True))
+    assert load_model(job.output) and read_tensors(job.state)
+    run(replace(job, resume=True))
+    run(straight := tiny_job(tmp_path / "straight.safetensors"))
+    assert_same_result(job, straight)
+
+
+@pytest.mark.parametrize(("n_failures", "n_retries"), [(1, 1), (3, 3)])
+def test_a_loss_that_is_not_finite_takes_the_run_back_to_other_random_numbers(
+    tmp_path, monkeypatch, n_failures, n_retries
+):
+    fail_at(monkeypatch, update=4, n_failures=n_failures)
+    job = tiny_job(tmp_path / "tiny.safetensors")
+    state = run(job, stop_at := [].append)
+    assert (state.update, state.n_retries, read_settings(job.output)["n_retries"]) == (6, n_retries, n_retries)
+    assert [row["update"] for row in log_of(job)] == list("012345") and stop_at
+    assert all(math.isfinite(float(row["loss"])) for row in log_of(job))
+
+
+def test_a_loss_that_never_is_finite_ends_the_run_with_a_diagnosis(tmp_path, monkeypatch):
+    fail_at(monkeypatch, update=4, n_failures=10)
+    job = tiny_job(tmp_path / "tiny.safetensors", save_every_s=1e-9)
+    diagnosis = "update 4: loss nan, gradient norm .*; going back 3 times to update 4 did not help; a smaller"
+    with pytest.raises(FloatingPointError, match=diagnosis) as error:
+        run(job)
+    assert "\n" not in str(error.value)
+    assert read_settings(job.output)["n_updates"] == 4 == len(log_of(job)) and load_model(job.output)
+
+
+def fail_at(monkeypatch, update: int, n_failures: int) -> None:
+    """The loss of an update is not a number, so many times; random numbers must be new every time."""
+    step, seen = training.score_matching_step, []
+
+    def broken(model, crystals, sigma, rng):
+        row = step(model, crystals, sigma, rng)
+        draw = torch.rand((), generator=rng[0]).item()
+        assert draw not in seen
+        seen.append(draw)
+        is_broken = len(seen) in [update + 1 + (update + 1) * n for n in range(n_failures)] or (
+            n_failures > 3 and len(seen) > update
+        )
+        return row | ({"loss": math.nan} if is_broken else {})
+
+    monkeypatch.setattr(training, "score_matching_step", broken)
+
+
+# What a run refuses, before it changes anything
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_does_not_overwrite_another_unless_told(tmp_path):
+    job = tiny_job(tmp_path / "tiny.safetensors", n_updates=1)
+    run(job)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"tiny\.safetensors' exists; resume goes on from it, overwrite begins anew"):
+        run(job)
+    assert contents(tmp_path) == before
+    job.state.unlink()
+    with pytest.raises(ValueError, match=r"resume needs .*tiny\.state', which is missing; overwrite begins anew"):
+        run(replace(job, resume=True))
+    run(replace(job, overwrite=True, config=replace(job.config, seed=1)))
+    assert contents(tmp_path).keys() == before.keys() and len(log_of(job)) == 1
+    assert contents(tmp_path)[str(job.output)] != before[str(job.output)]
+    job.log.write_bytes(before[str(job.log)][:60])
+    with pytest.raises(ValueError, match=r"tiny\.csv' is shorter than when .*tiny\.state' was saved"):
+        run(replace(job, resume=True, config=replace(job.config, seed=1)))
+
+
+def test_a_second_run_on_the_same_path_refuses(tmp_path):
+    job, second = tiny_job(tmp_path / "tiny.safetensors", n_updates=2), []
+
+    def start_another(row):
+        with pytest.raises(ValueError, match=r"tiny\.safetensors' belongs to a training that is running"):
+            run(replace(job, overwrite=True))
+        second.append(row["update"])
+
+    assert run(job, start_another).update == 2 and second == [0, 1]
+    assert len(log_of(job)) == 2
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:-9], lambda content: content[:-9] + b"?" * 9, lambda _: b"x"]
+)
+def test_a_damaged_state_is_refused(tmp_path, damage):
+    job = tiny_job(tmp_path / "tiny.safetensors", n_updates=1)
+    run(job)
+    job.state.write_bytes(damage(job.state.read_bytes()))
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"tiny\.state is (truncated|damaged)"):
+        run(replace(job, resume=True))
+    assert contents(tmp_path) == before
+    job.state.write_bytes(job.output.read_bytes())  # a checkpoint is no state
+    with pytest.raises(ValueError, match=r"tiny\.state"):
+        run(replace(job, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minutes", "0"], "time_limit_s is 0.0, expected"),
+        (["--minutes", "-1"], "time_limit_s is -60.0, expected"),
+        (["--minutes", "nan"], "time_limit_s is nan, expected"),
+        (["--minutes", "inf"], "time_limit_s is inf, expected"),
+        (["--n-updates", "0"], "n_updates is 0, expected"),
+        (["--n-updates", "-5"], "n_updates is -5, expected"),
+        (["--n-structures", "0"], "n is 0, expected"),
+        (["--seed", "-1"], "seed is -1, expected"),
+        (["--device", "abacus"], "device is 'abacus', which fails"),
+        (["--device", "meta"], "device is 'meta', which fails"),
+        (["--initial", "nobody"], "checkpoint is 'nobody', expected a .safetensors file or one of"),
+        (["--output", "folder.safetensors"], "'folder.safetensors', which is no regular file"),
+        (["--output", "device.safetensors"], "'device.safetensors', which is no regular file"),
+        (["--output", "/dev/full"], "output is '/dev/full', expected a path that ends in .safetensors"),
+        (["--output", "train.csv"], "output is 'train.csv', expected a path that ends in .safetensors"),
+        (["--output", "train.safetensors"], "output would overwrite 'train.csv', which is no training log"),
+        (["--output", "train.csv/tiny.safetensors"], "cannot be written"),
+        (["--output", "/proc/nothing.safetensors"], "cannot be written"),
+        (["--output", "tiny.safetensors"], "output 'tiny.safetensors' exists; resume goes on"),
+    ],
+    ids=" ".join,
+)
+def test_a_command_that_makes_no_sense_changes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("folder.safetensors").mkdir()
+    Path("device.safetensors").symlink_to("/dev/full")
+    Path("train.csv").write_text("material_id,cif\n1,data_x\n")
+    Path("tiny.safetensors").write_text("weights")
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        main(["--dataset", "prototypes", *arguments])
+    assert message in str(error.value.code) and "\n" not in error.value.code
+    assert contents(tmp_path) == before
+    assert capsys.readouterr() == ("", "")  # no bar, no row
+
+
+def test_the_command_line_trains_and_tells_of_a_signal(tmp_path, monkeypatch, capsys):
+    arguments = [
+        "--dataset",
+        "prototypes",
+        "--n-structures",
+        "4",
+        "--n-updates",
+        "2",
+        "--output",
+        str(tmp_path / "a.safetensors"),
+    ]
+    main(arguments)
+    assert capsys.readouterr().err.startswith("update 0, elapsed_s ")
+    assert read_settings(tmp_path / "a.safetensors")["n_updates"] == 2
+    show = training._print_row
+    monkeypatch.setattr(training, "_print_row", lambda row: os.kill(os.getpid(), signal.SIGTERM) or show(row))
+    with pytest.raises(SystemExit) as error:
+        main([*arguments[:-1], str(tmp_path / "b.safetensors")])
+    assert error.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.endswith("stopped after 1 updates; --resume goes on\n")
+
+
+# Several processes
+
+CASES = [(objective, batch_size) for objective in OBJECTIVES for batch_size in (8, 5, 1)]
+
+
+def updates_of(objective: str, batch_size: int) -> tuple[list[dict[str, float]], TrainState]:
+    """Four updates in double precision on seven crystals: the last batch of an epoch is smaller than the others."""
+    config = replace(CONFIGS[objective], batch_size=batch_size, buffer_share=0.5, max_atoms=4)
+    crystals = prototypes(7).to(torch.float64)
+    state = TrainState(initial_model(crystals, ENERGIES[objective], 0).double(), config)
+    return [train_step(state, crystals, config, progress=0.0) for _ in range(4)], state
+
+
+def work(rank: int, folder: str) -> None:
+    """One of two processes; leaves what it gets in a file."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    found = []
+    for case in CASES:
+        rows, state = updates_of(*case)
+        found.append((rows, state.averaged.state_dict(), sorted(state.buffer)))
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_two_processes_compute_what_one_does(tmp_path):
+    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for (rows, weights, buffer), (other_rows, other_weights, other_buffer), case in zip(*results, CASES):
+        expected_rows, state = updates_of(*case)
+        assert rows == other_rows and buffer == other_buffer == sorted(state.buffer), case
+        for row, expected in zip(rows, expected_rows, strict=True):
+            assert row == pytest.approx(expected, rel=1e-9, abs=1e-12), case
+        for name, tensor in state.averaged.state_dict().items():
+            assert torch.equal(weights[name], other_weights[name]), (case, name)
+            torch.testing.assert_close(weights[name], tensor, rtol=1e-8, atol=1e-9, msg=f"{case} {name}")
+
+
+def test_torchrun_trains_as_one_process_does(tmp_path):
+    arguments = ["--dataset", "prototypes", "--n-structures", "5", "--n-updates", "3"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "contsp_core.training", *arguments, "--output", str(tmp_path / "two.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("update 0, ") == 1  # one process speaks
+    main([*arguments, "--output", str(tmp_path / "one.safetensors")])
+    two, one = (Job("prototypes", tmp_path / f"{name}.safetensors", SMALL, SHORT) for name in ("two", "one"))
+    for row, expected in zip(log_of(two), log_of(one), strict=True):
+        assert {name: float(x) for name, x in row.items()} == pytest.approx(
+            {n: float(x) for n, x in expected.items()}, rel=1e-3
+        )
+    for found, expected in zip(load_model(two.output).parameters(), load_model(one.output).parameters()):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)

@@ -1,19 +1,19 @@
-"""Candidate crystals from several sources, and the energy as a judge of whatever made them.
+"""Which crystals could a formula have? Candidates from several sources, ranked by one energy and described.
 
-Sources: chains from random starts; random structures at the right density, as drawn or after descent of the energy;
-known crystals with their elements exchanged, as they are or after a short chain at low noise.
+Sources: chains, their starts alone, random structures, known crystals with their elements exchanged; each as made, or
+followed down the energy. A candidate depends on the seed, its formula and its own number only.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import os
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
-from itertools import permutations, product
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,72 +25,147 @@ from pymatgen.core.structure_matcher import StructureMatcher
 from pymatgen.io.cif import CifWriter
 from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
 
-from contsp_core.crystals import MAX_ATOMIC_NUMBER, Crystals, fit_atomic_volumes, reduce_species
-from contsp_core.csp.metrics import evaluate_csp, is_valid_structure, run_with_time_limit, score_pair
+from contsp_core.crystals import (
+    MAX_ATOMIC_NUMBER,
+    Crystals,
+    Rng,
+    fit_atomic_volumes,
+    keyed_rng,
+    pack,
+    reduce_species,
+)
+from contsp_core.csp.metrics import is_valid_structure, run_with_time_limit, score_pair
 from contsp_core.data import SPLITS, load_split, parse_formula
-from contsp_core.diffusion import DiffusionConfig, initial_crystals, reverse_diffusion
-from contsp_core.energy import ContinuousCGCNN, energy_and_gradient
+from contsp_core.diffusion import DiffusionConfig, reverse_diffusion
+from contsp_core.energy import ContinuousCGCNN, energy_and_gradient, strain_gradient
 from contsp_core.lattice import apply_strain, niggli
-from contsp_core.mala import AnnealConfig, anneal, random_crystals, strain_gradient, sum_atoms
-from contsp_core.sampler import bytes_per_atom, sample_structures, sampling_config
+from contsp_core.mala import anneal
+from contsp_core.sampler import bytes_per_atom, sample_structures, sampling_config, start_crystals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from pymatgen.core import Structure
     from torch import Tensor
 
-
+SOURCES = ("chains", "start", "start_descended", "random", "random_descended", "templates", "templates_relaxed")
+WITHOUT_LIBRARY = ("chains", "start", "start_descended")
+WITHOUT_MODEL = ("random", "templates")
+N_STEPS = {"templates_relaxed": 20}  # energy gradients a candidate; what descends takes as many as a chain
+N_DESCENT = 60  # gradients from the end of a chain to the bottom of its well
+BATCH_ATOMS = 8192  # that move together
+LARGEST_MOVE = 0.3  # Å, of all atoms together in one step of descent; or a strain of 0.1
 MIN_SHAPE = 0.3  # smallest volume / (a·b·c) of a random cell; a cube has 1
 MAX_ASSIGNMENTS = 5040  # 7!: with more elements of equal count, only so many ways to assign them are tried
 
 
-def random_structures(
-    species: Sequence[int],
-    n: int,
-    seed: int | np.random.Generator = 0,
-    atomic_volumes: np.ndarray | None = None,
-    density: float = 0.05,
-) -> list[Structure]:
-    """The random baseline: cells of random shape at the right density, atoms anywhere.
+def make_candidates(
+    source: str,
+    species: Sequence[Sequence[int]],
+    n_samples: int,
+    seed: int,
+    *,
+    model: ContinuousCGCNN | None = None,
+    library: TemplateLibrary | None = None,
+    n_steps: int | None = None,
+    batch_atoms: int = BATCH_ATOMS,
+) -> list[list[Structure | None]]:
+    """Candidates for some compositions.
 
-    Cell entries are Gaussian, drawn again while the volume is below 0.3 of a·b·c, then scaled to the volume.
+    Args:
+        source: ``chains`` (the model's sampler); ``start`` (where these chains begin); ``random``
+            (:func:`random_structures`); ``templates`` (nearest first); ``start_descended`` and ``random_descended``
+            (:func:`descend`); ``templates_relaxed`` (:func:`relax`).
+        species: atomic numbers of each crystal.
+        n_samples: for each.
+        seed: of all that is random.
+        model: needed by all but ``random`` and ``templates``; if given, candidates carry its energy.
+        library: training crystals; needed by ``random…`` and ``templates…``.
+        n_steps: energy gradients a candidate; by default 20 for templates, else those of the model's own chains.
+        batch_atoms: atoms of chains that run together.
+
+    Returns:
+        One list per composition, of n_samples; None where templates do not suffice.
+
+    Raises:
+        ValueError: on an unknown source, or if the model or the library that it needs is missing.
+    """
+    _check_source(source, n_samples, model, library)
+    if source == "chains":
+        max_bytes = batch_atoms * bytes_per_atom(model)
+        return sample_structures(model, species, n_samples, n_steps, seed, max_bytes=max_bytes)
+    species = [sorted(numbers) for numbers in species]
+    if source.startswith("start"):
+        found = [start_structures(model, numbers, n_samples, seed) for numbers in species]
+    elif source.startswith("random"):
+        found = [random_structures(numbers, n_samples, seed, library.atomic_volumes) for numbers in species]
+    else:
+        found = [library.substitute(numbers, n_samples, seed) for numbers in species]
+    flat = [structure for structures in found for structure in structures]
+    if source.endswith("_descended"):
+        flat = descend(model, flat, n_steps or sampling_config(model).n_steps)
+    elif source.endswith("_relaxed"):
+        rng = [keyed_rng(seed, tuple(s), n) for s, part in zip(species, found) for n in range(len(part))]
+        flat = relax(model, flat, rng, n_steps or N_STEPS[source])
+    rest = iter(flat if model is None else with_energies(model, flat))
+    return [[next(rest) for _ in part] + [None] * (n_samples - len(part)) for part in found]
+
+
+def _check_source(source: str, n_samples: int, model: Any, library: Any) -> None:
+    if source not in SOURCES:
+        raise ValueError(f"source is {source!r}, expected one of {', '.join(SOURCES)}")
+    if n_samples < 1:
+        raise ValueError(f"n_samples is {n_samples}, expected ≥ 1")
+    if model is None and source not in WITHOUT_MODEL:
+        raise ValueError(f"model is None, expected one for source {source!r}")
+    if library is None and source not in WITHOUT_LIBRARY:
+        raise ValueError(f"library is None, expected the training crystals for source {source!r}")
+
+
+def start_structures(model: ContinuousCGCNN, species: Sequence[int], n: int, seed: int = 0) -> list[Structure]:
+    """The starts of the first n chains that :func:`contsp_core.sampler.sample_structures` would run."""
+    species = tuple(sorted(species))
+    rng = [keyed_rng(seed, species, number) for number in range(n)]
+    return start_crystals(model, [species] * n, rng).to_structures()
+
+
+def random_structures(species: Sequence[int], n: int, seed: int, atomic_volumes: np.ndarray) -> list[Structure]:
+    """Atoms anywhere, in cells of random shape and the expected volume.
+
+    Cell entries are Gaussian, drawn again while the volume is below 0.3 of a·b·c, then scaled.
 
     Args:
         species: atomic numbers of one crystal.
         n: number of structures.
-        seed: an integer, or a generator, which is advanced.
-        atomic_volumes: (101,) of :func:`fit_atomic_volumes`, Å³; if None, ``density`` fixes the volume.
-        density: atoms per Å³.
-
-    Raises:
-        ValueError: if species is empty or n is negative.
+        seed: together with the formula and a structure's number it fixes that structure.
+        atomic_volumes: (101,) of :func:`fit_atomic_volumes`, Å³.
     """
-    _check(species, n)
-    rng = np.random.default_rng(seed)
-    volume = len(species) / density if atomic_volumes is None else float(np.sum(atomic_volumes[list(species)]))
-    structures = []
-    for _ in range(n):
-        cell = rng.normal(size=(3, 3))
-        while abs(np.linalg.det(cell)) < MIN_SHAPE * np.prod(np.linalg.norm(cell, axis=1)):
-            cell = rng.normal(size=(3, 3))
-        cell *= (volume / abs(np.linalg.det(cell))) ** (1 / 3)
-        structures.append(Structure(Lattice(cell), list(species), rng.random((len(species), 3))))
+    _check_species(species, n)
+    species, structures = sorted(species), []
+    for number in range(n):
+        rng, cell = keyed_rng(seed, tuple(species), number), np.zeros((3, 3))
+        while abs(np.linalg.det(cell)) <= MIN_SHAPE * np.prod(np.linalg.norm(cell, axis=1)):
+            cell = torch.randn(3, 3, generator=rng, dtype=torch.float64).numpy()
+        lattice = Lattice(cell).scale(float(atomic_volumes[species].sum()))
+        frac_coords = torch.rand(len(species), 3, generator=rng, dtype=torch.float64).numpy()
+        structures.append(Structure(lattice, species, frac_coords))
     return structures
+
+
+def _check_species(species: Sequence[int], n: int) -> None:
+    if len(species) == 0 or n < 0:
+        raise ValueError(f"species has {len(species)} atoms and n is {n}, expected ≥ 1 and ≥ 0")
 
 
 class TemplateLibrary:
     """Training crystals sorted by stoichiometry, ready for the exchange of elements.
 
     Args:
-        training: a data split with ``structures`` (or ``crystals``), or a sequence of pymatgen structures.
+        training: a data split, or a sequence of pymatgen structures.
 
     Attributes:
         atomic_volumes: (101,) fitted to the training crystals, Å³.
     """
 
     def __init__(self, training: Any) -> None:
-        self.structures = _structures(training)
+        self.structures = list(getattr(training, "structures", training))
         if not self.structures:
             raise ValueError("training is empty, expected at least one crystal")
         species = [list(structure.atomic_numbers) for structure in self.structures]
@@ -103,10 +178,25 @@ class TemplateLibrary:
         self.groups = {key: tuple(map(np.array, zip(*entries, strict=True))) for key, entries in groups.items()}
 
     def substitute(self, species: Sequence[int], n: int, seed: int = 0) -> list[Structure]:
-        """See :func:`substitute_templates`."""
-        _check(species, n)
+        """The training crystals of nearest composition with their elements exchanged.
+
+        Templates have the stoichiometry of the target (AB₂C for AB₂C) and its number of atoms; only if these do not
+        suffice, smaller crystals are repeated along their shortest vector. Elements of equal count can be assigned in
+        several ways: each is a candidate of its own. Candidates are sorted by the mean over atoms of the distance
+        between the old and the new element (:func:`element_distances`), ties in random order. The volume is multiplied
+        by the ratio of the volumes that the atomic volumes give for the two compositions.
+
+        Args:
+            species: atomic numbers of the crystal to predict.
+            n: number of structures asked for.
+            seed: of the order of ties.
+
+        Returns:
+            at most n structures, the nearest first.
+        """
+        _check_species(species, n)
         elements, pattern = _pattern(species)
-        rng = np.random.default_rng(seed)
+        rng = keyed_rng(seed, tuple(sorted(species)))
         assigned = np.array([[elements[i] for i in order] for order in _assignments(pattern)])
         candidates = []
         for multiple in (m for m in range(1, len(species) + 1) if len(species) % m == 0):
@@ -117,7 +207,7 @@ class TemplateLibrary:
             for column, count in enumerate(pattern):
                 distance += count / sum(pattern) * element_distances()[olds[:, [column]], assigned[:, column]]
             flat = distance.ravel()
-            for place in np.lexsort((rng.random(len(flat)), flat))[:n]:
+            for place in np.lexsort((torch.rand(len(flat), generator=rng).numpy(), flat))[:n]:
                 template, assignment = np.unravel_index(place, distance.shape)
                 exchange = dict(zip(olds[template].tolist(), assigned[assignment].tolist(), strict=True))
                 candidates.append((multiple, flat[place], int(indices[template]), exchange))
@@ -134,31 +224,6 @@ class TemplateLibrary:
             repeats[int(np.argmin(structure.lattice.abc))] = multiple
             structure.make_supercell(repeats)
         return structure
-
-
-def substitute_templates(species: Sequence[int], training: Any, n: int, seed: int = 0) -> list[Structure]:
-    """Element substitution: the training crystals of nearest composition with their elements exchanged.
-
-    Templates have the stoichiometry of the target (AB₂C for AB₂C) and its number of atoms; only if these do not
-    suffice, smaller crystals are repeated along their shortest vector. Elements of equal count can be assigned in
-    several ways: each is a candidate of its own. Candidates are sorted by the mean over atoms of the distance
-    between the old and the new element, see :func:`element_distances`, ties in random order. The volume of the
-    template is multiplied by the ratio of the volumes that the atomic volumes give for the two compositions.
-
-    Args:
-        species: atomic numbers of the crystal to predict.
-        training: a data split, structures, or (to search many times) a :class:`TemplateLibrary`.
-        n: number of structures asked for.
-        seed: of the order of ties.
-
-    Returns:
-        at most n structures, the nearest first; fewer if the training crystals give no more candidates.
-
-    Raises:
-        ValueError: if species or training is empty, or n is negative.
-    """
-    library = training if isinstance(training, TemplateLibrary) else TemplateLibrary(training)
-    return library.substitute(species, n, seed)
 
 
 @lru_cache(maxsize=1)
@@ -178,21 +243,6 @@ def element_distances() -> np.ndarray:
     return np.linalg.norm(properties[:, None] - properties[None], axis=-1)
 
 
-def _check(species: Sequence[int], n: int) -> None:
-    if len(species) == 0:
-        raise ValueError("species is empty, expected at least one atomic number")
-    if n < 0:
-        raise ValueError(f"n is {n}, expected a number ≥ 0")
-
-
-def _structures(training: Any) -> list[Structure]:
-    if hasattr(training, "structures"):
-        return list(training.structures)
-    if hasattr(training, "crystals"):
-        return training.crystals.to_structures()
-    return list(training)
-
-
 def _pattern(species: Sequence[int]) -> tuple[list[int], tuple[int, ...]]:
     """Elements in order of their counts, and these counts in lowest terms."""
     counts = sorted(Counter(int(number) for number in species).items(), key=lambda item: (item[1], item[0]))
@@ -203,106 +253,29 @@ def _pattern(species: Sequence[int]) -> tuple[list[int], tuple[int, ...]]:
 def _assignments(pattern: tuple[int, ...]) -> list[list[int]]:
     """All orders of the elements that keep the counts: permutations among elements of equal count."""
     places = [[i for i, other in enumerate(pattern) if other == count] for count in sorted(set(pattern))]
-    orders = product(*(permutations(group) for group in places))
-    return [[i for group in order for i in group] for order, _ in zip(orders, range(MAX_ASSIGNMENTS))]
+    orders = itertools.product(*(itertools.permutations(group) for group in places))
+    return [[i for group in order for i in group] for order in itertools.islice(orders, MAX_ASSIGNMENTS)]
 
 
-SOURCES = ("chains", "random", "random_descended", "templates", "templates_relaxed")
-BATCH_ATOMS = 8192  # relaxed together
-LARGEST_MOVE = 0.3  # Å, of all atoms together in one step of descent; or a strain of 0.1
-N_STEPS = {"random_descended": 50, "templates_relaxed": 20}  # energy gradients per structure
-
-
-def make_candidates(
-    source: str,
-    species: Sequence[Sequence[int]],
-    n_samples: int,
-    seed: int,
-    *,
-    model: ContinuousCGCNN | None = None,
-    library: TemplateLibrary | None = None,
-    n_steps: int | None = None,
-    batch_atoms: int = BATCH_ATOMS,
-) -> list[list[Structure | None]]:
-    """Candidates for some compositions.
-
-    Args:
-        source: ``chains`` (the model's sampler), ``random``, ``random_descended`` (:func:`descend`), ``templates``
-            (nearest first), ``templates_relaxed`` (:func:`relax`).
-        species: atomic numbers of each crystal.
-        n_samples: for each.
-        seed: of all that is random.
-        model: needed by all but ``random`` and ``templates``; if given, candidates carry its energy.
-        library: training crystals; needed by all but ``chains``.
-        n_steps: length of chain, descent or relaxation; by default the sampler's own, 200, or 50.
-        batch_atoms: atoms of chains that run together.
-
-    Returns:
-        One list per composition, of n_samples; None where templates do not suffice.
-
-    Raises:
-        ValueError: on an unknown source, or if the model or the library that it needs is missing.
-    """
-    _check_source(source, model, library)
-    if source == "chains":
-        max_bytes = batch_atoms * bytes_per_atom(model)
-        return sample_structures(model, species, n_samples, n_steps, seed, max_bytes=max_bytes)
-    if source.startswith("random"):
-        volumes = library.atomic_volumes
-        found = [random_structures(numbers, n_samples, [seed, i], volumes) for i, numbers in enumerate(species)]
-    else:
-        found = [library.substitute(numbers, n_samples, seed) for numbers in species]
-    flat = [structure for structures in found for structure in structures]
-    if source == "random_descended":
-        flat = descend(model, flat, n_steps or N_STEPS[source])
-    elif source == "templates_relaxed":
-        flat = relax(model, flat, n_steps=n_steps or N_STEPS[source], seed=seed)
-    if model is not None:
-        flat = with_energies(model, flat)
-    rest = iter(flat)
-    return [[next(rest) for _ in part] + [None] * (n_samples - len(part)) for part in found]
-
-
-def _check_source(source: str, model: ContinuousCGCNN | None, library: TemplateLibrary | None) -> None:
-    if source not in SOURCES:
-        raise ValueError(f"source is {source!r}, expected one of {', '.join(SOURCES)}")
-    if model is None and source not in ("random", "templates"):
-        raise ValueError(f"model is None, expected one for source {source!r}")
-    if library is None and source != "chains":
-        raise ValueError(f"library is None, expected the training crystals for source {source!r}")
-
-
-def with_energies(
-    model: ContinuousCGCNN, structures: Sequence[Structure], sigma: float | None = None
-) -> list[Structure]:
-    """Copies that carry the model's energy per atom (dimensionless) in ``properties["energy"]``.
-
-    Args:
-        model: any energy of a batch.
-        structures: of any composition.
-        sigma: noise level at which the energy is taken, Å; by default that of the model.
-    """
-
-    @torch.no_grad()
-    def evaluate(crystals: Crystals) -> Tensor:
-        return model(crystals) if sigma is None else model(crystals, torch.full_like(crystals.cell[:, 0, 0], sigma))
-
+def with_energies(model: ContinuousCGCNN, structures: Sequence[Structure]) -> list[Structure]:
+    """Copies that carry the model's energy per atom (dimensionless) in ``properties["energy"]``."""
     copies = [structure.copy() for structure in structures]
-    for batch in _batches(structures):
-        for structure, energy in zip(copies[batch], evaluate(_to_crystals(model, structures[batch])).tolist()):
+    for batch, crystals in _batches(model, structures):
+        with torch.no_grad():
+            energies = model(crystals).tolist()
+        for structure, energy in zip(copies[batch], energies, strict=True):
             structure.properties = structure.properties | {"energy": energy}
     return copies
 
 
-def rank_candidates(
-    model: ContinuousCGCNN, candidates: Sequence[Structure], sigma: float | None = None
-) -> list[Structure]:
-    """Candidates for one composition sorted by energy, lowest first, whatever made them.
+def _batches(model: ContinuousCGCNN, structures: Sequence[Structure]) -> Iterator[tuple[slice, Crystals]]:
+    weight = next(model.parameters())
+    for batch in pack([len(structure) for structure in structures], BATCH_ATOMS):
+        yield batch, Crystals.from_structures(structures[batch], weight.dtype).to(weight.device)
 
-    Args:
-        model: from :func:`contsp_core.load_model`.
-        candidates: structures of one composition.
-        sigma: see :func:`with_energies`.
+
+def rank_candidates(model: ContinuousCGCNN, candidates: Sequence[Structure]) -> list[Structure]:
+    """Candidates for one composition with their energies, lowest first, whatever made them.
 
     Raises:
         ValueError: if there is no candidate, or compositions differ (their energies cannot be compared).
@@ -310,32 +283,31 @@ def rank_candidates(
     formulas = sorted({structure.composition.reduced_formula for structure in candidates})
     if len(formulas) != 1:
         raise ValueError(f"candidates have compositions {formulas}, expected exactly one")
-    return sorted(with_energies(model, list(candidates), sigma), key=lambda s: s.properties["energy"])
+    return sorted(with_energies(model, candidates), key=lambda structure: structure.properties["energy"])
 
 
 def relax(
-    model: ContinuousCGCNN, structures: Sequence[Structure], noise: float = 0.3, n_steps: int = 50, seed: int = 0
+    model: ContinuousCGCNN, structures: Sequence[Structure], rng: Rng, n_steps: int = 50, noise: float = 0.3
 ) -> list[Structure]:
     """A short chain from given structures: the model's own sampler, begun late.
 
     Args:
-        model: with noise levels, the chain begins at noise level ``noise``; without, at the last third of annealing.
+        model: with noise levels, the chain begins at level ``noise`` (Å); without, at the last third of annealing.
         structures: starting points.
-        noise: Å.
+        rng: one generator for each structure.
         n_steps: of the chain.
-        seed: of its noise.
+        noise: Å.
     """
     config = replace(sampling_config(model), n_steps=n_steps)
 
-    def run(crystals: Crystals, number: int) -> Crystals:
-        rng = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    def run(crystals: Crystals, rng: Rng) -> Crystals:
         if isinstance(config, DiffusionConfig):
             late = replace(config, noise_first=min(noise, model.config.noise_max))
             return reverse_diffusion(model, crystals, late, rng)
         start = torch.full_like(crystals.cell[:, 0, 0], 2 / 3)
         return anneal(model, crystals, config, rng, start=start).crystals
 
-    return _in_batches(model, structures, run)
+    return [s for batch, crystals in _batches(model, structures) for s in run(crystals, rng[batch]).to_structures()]
 
 
 def descend(model: ContinuousCGCNN, structures: Sequence[Structure], n_steps: int = 200) -> list[Structure]:
@@ -348,7 +320,7 @@ def descend(model: ContinuousCGCNN, structures: Sequence[Structure], n_steps: in
         structures: starting points.
         n_steps: energy gradients spent on each.
     """
-    return _in_batches(model, structures, lambda crystals, _: _descend(model, crystals, n_steps))
+    return [s for _, batch in _batches(model, structures) for s in _descend(model, batch, n_steps).to_structures()]
 
 
 def _descend(energy: Callable[[Crystals], Tensor], crystals: Crystals, n_steps: int) -> Crystals:
@@ -359,16 +331,15 @@ def _descend(energy: Callable[[Crystals], Tensor], crystals: Crystals, n_steps: 
 
     value, strain, positions = gradients(crystals)
     step = torch.full_like(value, LARGEST_MOVE)
-    for _ in range(n_steps):
-        norm = sum_atoms(crystals, positions.square().sum(dim=1)).sqrt()
+    for _ in range(n_steps - 1):
+        norm = crystals.sum_atoms(positions.square().sum(dim=1)).sqrt()
         scale = step / torch.maximum(norm, 3 * strain.norm(dim=(1, 2))).clamp(min=1e-12)
         moved = apply_strain(crystals, -scale[:, None, None] * strain)
-        atoms = moved.positions - scale.index_select(0, crystals.system_idx)[:, None] * positions
-        tried = niggli(moved.replace(positions=atoms))
+        tried = niggli(moved.replace(positions=moved.positions - crystals.to_atoms(scale)[:, None] * positions))
         new = gradients(tried)
         better = new[0] < value
         step = torch.where(better, 1.2 * step, step / 2).clamp(max=LARGEST_MOVE)
-        per_atom, per_cell = better.index_select(0, crystals.system_idx)[:, None], better[:, None, None]
+        per_atom, per_cell = crystals.to_atoms(better)[:, None], better[:, None, None]
         crystals = crystals.replace(
             cell=torch.where(per_cell, tried.cell, crystals.cell),
             positions=torch.where(per_atom, tried.positions, crystals.positions),
@@ -378,137 +349,33 @@ def _descend(energy: Callable[[Crystals], Tensor], crystals: Crystals, n_steps: 
     return crystals
 
 
-def _in_batches(
-    model: ContinuousCGCNN, structures: Sequence[Structure], run: Callable[[Crystals, int], Crystals]
-) -> list[Structure]:
-    results: list[Structure] = []
-    for number, batch in enumerate(_batches(structures)):
-        results += run(_to_crystals(model, structures[batch]), number).to_structures()
-    return results
-
-
-def _to_crystals(model: ContinuousCGCNN, structures: Sequence[Structure]) -> Crystals:
-    weight = next(model.parameters())
-    return Crystals.from_structures(structures, weight.dtype).to(weight.device)
-
-
-def _batches(structures: Sequence[Structure]) -> list[slice]:
-    """Consecutive structures with at most ``BATCH_ATOMS`` atoms together."""
-    cuts, used = [0], 0
-    for index, structure in enumerate(structures):
-        if used + len(structure) > BATCH_ATOMS and index > cuts[-1]:
-            cuts.append(index)
-            used = 0
-        used += len(structure)
-    return [slice(start, end) for start, end in zip(cuts, [*cuts[1:], len(structures)]) if end > start]
-
-
-def compare_samplers(
-    model: ContinuousCGCNN,
-    references: Sequence[Structure],
-    n_steps: Sequence[int],
-    n_samples: int = 5,
-    seed: int = 0,
-    n_jobs: int = 1,
-) -> pd.DataFrame:
-    """Energy reached and match rate against the number of energy gradients, for the paper's sampler and ours.
-
-    Args:
-        model: an energy with noise levels; the chains of annealed MALA move on its default level.
-        references: crystals whose species are sampled.
-        n_steps: lengths of chains, in energy gradients.
-        n_samples: chains a crystal.
-        seed: of starts and chains.
-        n_jobs: worker processes for matching.
-
-    Returns:
-        One row for each sampler and length: mean energy above the reference of all samples and of the best one a
-        crystal (dimensionless), match rate of one sample (mean over all) and of any.
-    """
-    species = [list(structure.atomic_numbers) for structure in references for _ in range(n_samples)]
-    with torch.no_grad():
-        reference = model(Crystals.from_structures(references))[:, None]
-    strain = AnnealConfig(proposal="strain", measure="invariant", cell_step_ratio=0.04)
-    samplers = {
-        "MALA of the paper": (random_crystals, AnnealConfig()),
-        "MALA of the paper, learned start": (partial(initial_crystals, model), AnnealConfig()),
-        "MALA with strain moves, learned start": (partial(initial_crystals, model), strain),
-        "noise levels": (partial(initial_crystals, model), replace(sampling_config(model), anneal_share=0.0)),
-        "noise levels, cooled": (partial(initial_crystals, model), replace(sampling_config(model), anneal_share=0.7)),
-    }
-    rows = []
-    for length in n_steps:
-        for name, (start, config) in samplers.items():
-            rng = torch.Generator().manual_seed(seed)
-            crystals, config = start(species, rng), replace(config, n_steps=length)
-            if isinstance(config, DiffusionConfig):
-                crystals = reverse_diffusion(model, crystals, config, rng)
-            else:
-                crystals = anneal(model, crystals, config, rng).crystals
-            with torch.no_grad():
-                above = model(crystals).unflatten(0, (-1, n_samples)) - reference
-            samples = crystals.to_structures()
-            lists = [samples[i : i + n_samples] for i in range(0, len(samples), n_samples)]
-            scores, _ = evaluate_csp(references, lists, n_jobs=n_jobs, metre=False, progress=False)
-            best = above.amin(dim=1).mean()
-            found = (scores["match_rate_random@1"], scores["match_rate"])
-            rows.append((name, length, float(above.mean()), float(best), *found))
-    columns = ["sampler", "gradients", "energy", "energy_best", "match_rate@1", f"match_rate@{n_samples}"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-ORIGINS = ("chains", "templates", "both")
-
-
-def is_formula(value: Any) -> str | None:
-    """Rule of a notebook parameter: None if the value is a formula, else what is expected."""
-    try:
-        parse_formula(value)
-    except (ValueError, TypeError, AttributeError):
-        return 'a formula with whole numbers, like "BaTiO3"'
-    return None if isinstance(value, str) else 'a formula with whole numbers, like "BaTiO3"'
-
-
 def gather_candidates(
     model: ContinuousCGCNN,
     formula: str,
-    source: str = "both",
     n_samples: int = 20,
     n_steps: int | None = None,
     seed: int = 0,
-    progress: bool = False,
+    library: TemplateLibrary | None = None,
 ) -> list[Structure]:
-    """Candidates for one formula, each with ``properties["energy"]`` and ``properties["source"]``.
+    """Candidates for one formula at the bottom of their wells, with their energy and source in ``properties``.
 
     Args:
         model: from :func:`contsp_core.load_model`.
         formula: content of the cell.
-        source: ``chains``, from random starts; ``templates``, the training crystals of nearest composition with their
-            elements exchanged, then followed down the last noise levels; or ``both``.
-        n_samples: of each source; templates may be fewer.
-        n_steps: length of a chain from a random start, by default as the model's settings say.
+        n_samples: chains; and as many templates, if there are so many.
+        n_steps: length of a chain; by default as the checkpoint says.
         seed: of all that is random.
-        progress: show a progress bar of the chains.
-
-    Raises:
-        ValueError: on an unknown source, or if there is no template for the formula and nothing else was asked for.
+        library: if given, templates that followed the last noise levels join the chains.
     """
-    if source not in ORIGINS:
-        raise ValueError(f"source is {source!r}, expected one of {', '.join(ORIGINS)}")
-    found = []
-    if source != "templates":
-        sampled = sample_structures(model, [formula], n_samples, n_steps, seed, progress=progress)[0]
-        found += [("chains", structure) for structure in sampled]
-    if source != "chains":
-        library = TemplateLibrary(load_split(model.settings["dataset"], "train"))
-        species = [parse_formula(formula)]
-        made = make_candidates("templates_relaxed", species, n_samples, seed, model=model, library=library)[0]
-        found += [("templates", structure) for structure in made if structure is not None]
-    if not found:
-        raise ValueError(f"no training crystal has the stoichiometry of {formula!r}; source='chains' needs none")
-    for name, structure in found:
-        structure.properties["source"] = name
-    return [structure for _, structure in found]
+    species, options = [parse_formula(formula)], {"model": model, "library": library}
+    made = {"chains": make_candidates("chains", species, n_samples, seed, n_steps=n_steps, **options)[0]}
+    if library is not None:
+        made["templates"] = make_candidates("templates_relaxed", species, n_samples, seed, **options)[0]
+    pairs = [(source, structure) for source, part in made.items() for structure in part if structure is not None]
+    found = with_energies(model, descend(model, [structure for _, structure in pairs], N_DESCENT))
+    for (source, _), structure in zip(pairs, found, strict=True):
+        structure.properties["source"] = source
+    return found
 
 
 def rank_distinct(
@@ -517,18 +384,13 @@ def rank_distinct(
     """Sort by energy, drop structures with overlapping atoms, and keep one of each group that matches.
 
     Two structures are the same if ``StructureMatcher`` says so at its default tolerances (0.2, 0.3, 5°); of each group
-    the one of lowest energy is kept. A comparison that exceeds the time limit counts as different.
-
-    Args:
-        structures: each with ``properties["energy"]``.
-        time_limit_s: limit of one comparison, s.
-        n_jobs: worker processes.
+    the one of lowest energy is kept. A comparison that exceeds the time limit (s) counts as different.
 
     Returns:
         The structures kept, lowest energy first, and how many of the structures given each stands for.
 
     Raises:
-        ValueError: if nothing was given or a structure has no energy.
+        ValueError: if nothing was given or a structure has no ``properties["energy"]``.
     """
     if not structures or any("energy" not in structure.properties for structure in structures):
         raise ValueError("structures is empty or one has no properties['energy'], expected ≥ 1 structure, all with it")
@@ -553,15 +415,26 @@ def _is_same(first: Structure, second: Structure) -> bool:
 
 
 def standardise(structure: Structure, symprec: float = 0.1) -> Structure:
-    """The conventional cell of the symmetrised crystal, or the structure as it is where spglib finds no symmetry.
-
-    Args:
-        structure: a predicted crystal.
-        symprec: how far, in Å, an atom may be from its symmetric site.
-    """
+    """The conventional cell of the symmetrised crystal (``symprec`` in Å); as it is where spglib finds no symmetry."""
     standard = _ask_spglib(structure, symprec, SpacegroupAnalyzer.get_refined_structure) or structure.copy()
     standard.properties = dict(structure.properties)
     return standard
+
+
+def space_group(structure: Structure, symprec: float = 0.1) -> str:
+    """Symbol and number, such as ``Fm-3m (225)``, by spglib at ``symprec`` Å; ``P1 (1)`` where it finds none."""
+    symbol = _ask_spglib(structure, symprec, SpacegroupAnalyzer.get_space_group_symbol) or "P1"
+    return f"{symbol} ({_ask_spglib(structure, symprec, SpacegroupAnalyzer.get_space_group_number) or 1})"
+
+
+def _ask_spglib(structure: Structure, symprec: float, question: Callable[[SpacegroupAnalyzer], Any]) -> Any:
+    os.environ.setdefault("SPGLIB_WARNING", "OFF")  # it would print to stderr what the except below answers
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # pymatgen calls spglib in a way that spglib is leaving
+        try:
+            return question(SpacegroupAnalyzer(structure, symprec=symprec))
+        except Exception:  # spglib and pymatgen fail in many ways on a distorted cell
+            return None
 
 
 def describe_structures(
@@ -580,37 +453,13 @@ def describe_structures(
         starts at 1.
     """
     rows = []
-    for structure, count in zip(structures, counts or [1] * len(structures)):
+    for structure, count in zip(structures, counts or [1] * len(structures), strict=True):
         lattice = standardise(structure, symprec).lattice
-        rows.append(
-            {
-                "energy": structure.properties["energy"],
-                "source": structure.properties.get("source", ""),
-                "found": count,
-                "space group": space_group(structure, symprec),
-                "density": float(structure.density),
-                "V/atom": structure.volume / len(structure),
-            }
-            | dict(zip(("a", "b", "c"), lattice.abc))
-            | dict(zip(("α", "β", "γ"), lattice.angles))
-        )
+        row = {"energy": structure.properties["energy"], "source": structure.properties.get("source", "")}
+        row |= {"found": count, "space group": space_group(structure, symprec), "density": float(structure.density)}
+        row |= {"V/atom": structure.volume / len(structure)}
+        rows.append(row | dict(zip(("a", "b", "c", "α", "β", "γ"), lattice.parameters)))
     return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="rank"))
-
-
-def space_group(structure: Structure, symprec: float = 0.1) -> str:
-    """Symbol and number, such as ``Fm-3m (225)``, by spglib at ``symprec`` Å; ``P1 (1)`` where it finds none."""
-    symbol = _ask_spglib(structure, symprec, SpacegroupAnalyzer.get_space_group_symbol) or "P1"
-    return f"{symbol} ({_ask_spglib(structure, symprec, SpacegroupAnalyzer.get_space_group_number) or 1})"
-
-
-def _ask_spglib(structure: Structure, symprec: float, question: Callable[[SpacegroupAnalyzer], Any]) -> Any:
-    """The answer, or None where spglib finds no symmetry at all."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # pymatgen calls spglib in a way that spglib is leaving
-        try:
-            return question(SpacegroupAnalyzer(structure, symprec=symprec))
-        except Exception:  # spglib and pymatgen fail in many ways on a distorted cell
-            return None
 
 
 def known_crystals(dataset: str, formula: str) -> dict[str, Structure]:
@@ -625,23 +474,22 @@ def known_crystals(dataset: str, formula: str) -> dict[str, Structure]:
 
 
 def compare_with_known(structures: Sequence[Structure], known: Mapping[str, Structure]) -> pd.DataFrame:
-    """Which candidates match known crystals, at the tolerances of the field's benchmarks (0.3, 0.5, 10°).
+    """Which candidate is closest to each known crystal, at the tolerances of the field's benchmarks (0.3, 0.5, 10°).
 
     Args:
         structures: candidates, best first.
         known: crystals by name.
 
     Returns:
-        One row for each known crystal: ``space group``; ``rank`` of the first candidate that matches it (from 1;
-        missing if none does) and its normalised RMS displacement ``rms`` (unitless).
+        One row for each known crystal: ``space group``; ``rank`` (from 1) of the matching candidate with the smallest
+        normalised RMS displacement ``rms`` (unitless); both missing if none matches.
     """
     rows = {}
     for name, reference in known.items():
-        tasks = [(structure, reference) for structure in structures]
-        scores = run_with_time_limit(score_pair, tasks, 1, 10.0, "matching", False)
-        matched = [(rank, score[0]) for rank, score in enumerate(scores, start=1) if score and score[0] == score[0]]
-        rank, rms = matched[0] if matched else (None, None)
-        rows[name] = {"space group": space_group(reference), "rank": rank, "rms": rms}
+        scores = run_with_time_limit(score_pair, [(s, reference) for s in structures], 1, 10.0, progress=False)
+        rms = pd.Series([math.nan if score is None else score.rms for score in scores], range(1, len(scores) + 1))
+        rank = None if rms.isna().all() else rms.idxmin()
+        rows[name] = {"space group": space_group(reference), "rank": rank, "rms": rms.min()}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["space group", "rank", "rms"])
     return table.astype({"rank": "Int64", "rms": float}).rename_axis("known crystal")
 
@@ -657,7 +505,6 @@ def write_cifs(structures: Sequence[Structure], folder: str | Path) -> list[Path
         old.unlink()
     paths = []
     for rank, structure in enumerate(structures, start=1):
-        path = folder / f"{rank:02d}_{structure.composition.reduced_formula}.cif"
-        path.write_text(str(CifWriter(structure)))
-        paths.append(path)
+        paths.append(folder / f"{rank:02d}_{structure.composition.reduced_formula}.cif")
+        paths[-1].write_text(str(CifWriter(structure)))
     return paths

@@ -1,7 +1,6 @@
-"""Figures: every function takes tables or structures, returns a figure, and neither shows nor saves it.
+"""What do the results look like? Every function takes tables or structures and returns a figure; none shows it.
 
-Lengths are in Å; the learned energy is dimensionless. Matplotlib draws what is kept as an image; plotly is used where
-pointing at a mark tells more than a still picture; nglview draws crystals in a live notebook.
+Lengths are in Å; the learned energy is dimensionless.
 """
 
 from __future__ import annotations
@@ -18,13 +17,10 @@ import numpy as np
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.path import Path
+    from matplotlib.path import Path as Outline
     from pymatgen.core import Structure
-
-    from contsp_core.invariance import ContinuityProfile
 
 
 COLORS = ("#1f6f8b", "#d1603d", "#5a8f3c", "#8a5a9e", "#c99a2e", "#555555")
@@ -40,19 +36,12 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.4,
 }
+ENERGY = "energy $E$ (dimensionless)"
 BOUNDARY = 1e-2  # fractional distance to a face below which an atom is repeated on the opposite face
-SHADES = np.linspace(0.0, 1.0, 12)
-EDGE_PIECES = 24
+BOND_REACH = 1.15  # of the sum of the covalent radii
 RADIUS_SCALE = 0.45  # of the covalent radius: spheres that show the arrangement without touching
-
-
-class Mark(NamedTuple):
-    """One stroke of a picture: a path painted after all that lie deeper (depth grows towards the viewer, Å)."""
-
-    depth: float
-    path: Path
-    face: tuple[float, ...] | str
-    line_width: float
+SHADES = np.linspace(0.0, 1.0, 12)
+PIECES = 24  # into which a line is cut, so that each passes before or behind the right atoms
 
 
 def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,10 +68,23 @@ def new_figure(
     return figure, axes
 
 
-def _formula(structure: Structure) -> str:
-    """Formula of the cell's content with subscripts, as matplotlib text."""
-    counts = structure.composition.get_el_amt_dict()
-    return "".join(f"{symbol}$_{{{int(n)}}}$" if n != 1 else symbol for symbol, n in counts.items())
+class Drawing(NamedTuple):
+    """What a picture of a crystal holds, still or turning. Axes: right, up, towards the viewer; Å."""
+
+    positions: np.ndarray  # (n_drawn, 3), the atoms of the cell and their images on its boundary
+    index: np.ndarray  # (n_drawn,), the atom that each is an image of
+    numbers: np.ndarray  # (n_drawn,), atomic numbers
+    bonds: np.ndarray  # (n_bonds, 2), pairs of drawn atoms
+    edges: np.ndarray  # (12, 2, 3), ends of the edges of the cell
+
+
+def lay_out(structure: Structure, azimuth: float = 24.0, elevation: float = 18.0) -> Drawing:
+    """The cell with the atoms on its boundary repeated, seen from a direction (degrees, see :func:`view_rotation`)."""
+    rotated = structure.lattice.matrix @ view_rotation(structure.lattice.matrix, azimuth, elevation)
+    frac_coords, index = boundary_atoms(structure)
+    numbers, positions = np.array(structure.atomic_numbers)[index], frac_coords @ rotated
+    corners = [[np.insert(c, axis, end) for end in (0, 1)] for axis in range(3) for c in np.ndindex(2, 2)]
+    return Drawing(positions, index, numbers, find_bonds(positions, numbers), np.array(corners) @ rotated)
 
 
 def boundary_atoms(structure: Structure) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +103,24 @@ def boundary_atoms(structure: Structure) -> tuple[np.ndarray, np.ndarray]:
     return np.array(frac_coords), np.array(index)
 
 
-def view_rotation(cell: np.ndarray, azimuth: float = 20.0, elevation: float = 14.0) -> np.ndarray:
+def find_bonds(positions: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """(n_bonds, 2) pairs of atoms nearer than 1.15 times the sum of their covalent radii.
+
+    Beside a non-metal, two metals are not bonded: their radii are those of the bulk metal, far too large for a cation.
+    """
+    from ase.data import chemical_symbols, covalent_radii
+    from pymatgen.core import Element
+
+    distance = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
+    radii = covalent_radii[numbers]
+    metal = np.array([Element(chemical_symbols[number]).is_metal for number in numbers])
+    bonded = distance < BOND_REACH * (radii[:, None] + radii)
+    if not metal.all():
+        bonded &= ~(metal[:, None] & metal)
+    return np.argwhere(np.triu(bonded, 1))
+
+
+def view_rotation(cell: np.ndarray, azimuth: float, elevation: float) -> np.ndarray:
     """Proper rotation R (3, 3) that turns Cartesian row vectors r into screen axes (right, up, towards the viewer).
 
     The first lattice vector starts to the right and the third one up; then the crystal turns by ``azimuth`` about
@@ -110,83 +129,83 @@ def view_rotation(cell: np.ndarray, azimuth: float = 20.0, elevation: float = 14
     x = cell[0] / np.linalg.norm(cell[0])
     z = np.cross(cell[0], cell[1]) * np.sign(np.linalg.det(cell))
     z /= np.linalg.norm(z)
-    y = np.cross(z, x)
-    standard = np.stack([x, y, z], axis=1)
+    standard = np.stack([x, np.cross(z, x), z], axis=1)
     turn, tilt = np.radians([azimuth, elevation])
     spin = np.array([[np.cos(turn), np.sin(turn), 0], [-np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
     screen = np.array([[1, 0, 0], [0, np.sin(tilt), -np.cos(tilt)], [0, np.cos(tilt), np.sin(tilt)]])
     return standard @ spin @ screen
 
 
+class Mark(NamedTuple):
+    """One stroke of a picture: a path painted after all that lie deeper (depth grows towards the viewer, Å)."""
+
+    depth: float
+    path: Outline
+    face: Any
+    edge: Any
+    line_width: float
+
+
 def _sphere(center: np.ndarray, radius: float, color: np.ndarray) -> Iterator[Mark]:
     """A lit sphere: discs that shrink and whiten towards a highlight; ``center`` holds right, up and depth."""
-    from matplotlib.path import Path
+    from matplotlib.path import Path as Outline
 
     for shade in SHADES:
         middle = center[:2] + radius * 0.32 * shade * np.array([-1.0, 1.0])
         face = np.clip(color * (0.78 + 0.22 * shade), 0, 1)
         face = face + (1 - face) * 0.65 * shade**3
-        disc = Path.circle(tuple(middle), radius * (1 - 0.88 * shade))
-        yield Mark(center[2] + radius, disc, tuple(face), 0.5 if shade == 0 else 0.0)
+        disc = Outline.circle(tuple(middle), radius * (1 - 0.88 * shade))
+        yield Mark(center[2] + radius, disc, tuple(face), "0.3", 0.5 if shade == 0 else 0.0)
 
 
-def _cell_edges(cell: np.ndarray, rotation: np.ndarray) -> Iterator[Mark]:
-    """The twelve edges, cut in pieces so that each piece hides behind, or passes before, the right atoms."""
-    from matplotlib.path import Path
+def _line(start: np.ndarray, stop: np.ndarray, color: Any, width: float) -> Iterator[Mark]:
+    from matplotlib.path import Path as Outline
 
-    for axis, corner in itertools.product(range(3), itertools.product((0.0, 1.0), repeat=2)):
-        ends = np.insert(corner, axis, 0.0), np.insert(corner, axis, 1.0)
-        along = np.linspace(*ends, EDGE_PIECES + 1) @ cell @ rotation
-        for start, stop in itertools.pairwise(along):
-            yield Mark((start[2] + stop[2]) / 2, Path([start[:2], stop[:2]]), "none", 0.9)
+    for first, second in itertools.pairwise(np.linspace(start, stop, PIECES + 1)):
+        yield Mark((first[2] + second[2]) / 2, Outline([first[:2], second[:2]]), "none", color, width)
 
 
-def crystal_marks(structure: Structure, azimuth: float = 20.0, elevation: float = 14.0) -> list[Mark]:
-    """What a picture of a crystal is made of, from back to front; lengths in Å, directions of view in degrees."""
+def crystal_marks(drawing: Drawing) -> list[Mark]:
+    """What a still picture of a crystal is made of, from back to front."""
     from ase.data import covalent_radii
     from ase.data.colors import jmol_colors
 
-    cell = structure.lattice.matrix
-    rotation = view_rotation(cell, azimuth, elevation)
-    frac_coords, index = boundary_atoms(structure)
-    marks = list(_cell_edges(cell, rotation))
-    for position, number in zip(frac_coords @ cell @ rotation, np.array(structure.atomic_numbers)[index]):
+    marks = [mark for ends in drawing.edges for mark in _line(*ends, "0.3", 0.9)]
+    for first, second in drawing.bonds:
+        ends = drawing.positions[[first, second]]
+        for atom, end in zip((first, second), ends):
+            marks += _line(end, ends.mean(axis=0), tuple(0.85 * jmol_colors[drawing.numbers[atom]]), 2.5)
+    for position, number in zip(drawing.positions, drawing.numbers):
         marks += _sphere(position, RADIUS_SCALE * covalent_radii[number], jmol_colors[number])
     return sorted(marks, key=lambda mark: mark.depth)
 
 
 @styled
-def draw_crystal(
-    structure: Structure,
-    ax: Axes | None = None,
-    title: str | None = None,
-    azimuth: float = 20.0,
-    elevation: float = 14.0,
-) -> Figure:
-    """Still picture of a crystal: the unit cell, its atoms and their images on the boundary, in Jmol colours.
+def draw_crystal(structure: Structure, ax: Axes | None = None, title: str | None = None, **direction: float) -> Figure:
+    """Still picture of a crystal: the cell, its atoms and their images on the boundary in Jmol's colours, and bonds.
 
     Args:
         structure: an ordered pymatgen structure.
         ax: axes to draw into; a new figure if not given.
         title: text above the picture; the formula if not given, nothing if empty.
-        azimuth, elevation: direction of view, degrees.
+        direction: ``azimuth`` and ``elevation`` of the view, degrees.
     """
     from ase.data.colors import jmol_colors
     from matplotlib.collections import PathCollection
 
     if ax is None:
         ax = new_figure(size=(3.0, 3.0))[1][0, 0]
-    _, paths, faces, widths = zip(*crystal_marks(structure, azimuth, elevation))
-    ax.add_collection(PathCollection(paths, facecolors=faces, edgecolors="0.3", linewidths=widths))
-    symbols = {site.specie.symbol: site.specie.Z for site in structure}
-    handles = [
-        ax.plot([], [], "o", ms=7, mfc=jmol_colors[z], mec="0.25", mew=0.5, label=symbol)[0]
-        for symbol, z in symbols.items()
-    ]
-    ax.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=6, handletextpad=0.1, columnspacing=1
-    )
-    ax.set_title(_formula(structure) if title is None else title)
+    _, paths, faces, edges, widths = zip(*crystal_marks(lay_out(structure, **direction)))
+    strokes = PathCollection(paths, facecolors=faces, edgecolors=edges, linewidths=widths, capstyle="round")
+    ax.add_collection(strokes)
+    marker = {"marker": "o", "ls": "none", "ms": 7, "mec": "0.25", "mew": 0.5}
+    for symbol, number in {site.specie.symbol: site.specie.Z for site in structure}.items():
+        ax.plot([], [], mfc=jmol_colors[number], label=symbol, **marker)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.02), "ncols": 6}
+    ax.legend(handletextpad=0.1, columnspacing=1, **below)
+    counts = structure.composition.get_el_amt_dict()
+    formula = "".join(f"{symbol}$_{{{n:g}}}$" if n != 1 else symbol for symbol, n in counts.items())
+    ax.set_title(formula if title is None else title)
     ax.set_aspect("equal", adjustable="datalim")
     ax.autoscale_view()
     ax.axis("off")
@@ -202,51 +221,10 @@ def draw_crystals(structures: Sequence[Structure], titles: Sequence[str] | None 
         raise ValueError(f"titles has {len(titles)} entries, expected one for each of the {len(structures)} structures")
     n_columns = min(n_columns, len(structures))
     figure, axes = new_figure(-(-len(structures) // n_columns), n_columns, size=(2.5, 2.7))
-    for index, ax in enumerate(axes.flat):
-        if index < len(structures):
-            draw_crystal(structures[index], ax, None if titles is None else titles[index])
-        else:
-            ax.axis("off")
+    for ax, structure, title in itertools.zip_longest(axes.flat, structures, titles or []):
+        draw_crystal(structure, ax, title) if structure else ax.axis("off")
     return figure
 
-
-def view_crystal(structure: Structure, size: str = "320px") -> Any:
-    """Crystal to turn by hand: an nglview widget with the unit cell drawn, or the still picture without nglview.
-
-    A widget needs a live browser and is lost on a static page: put :func:`draw_crystal` beside it.
-    """
-    try:
-        import nglview
-        from pymatgen.io.ase import AseAtomsAdaptor
-    except ImportError:
-        return draw_crystal(structure)
-    frac_coords, index = boundary_atoms(structure)
-    species = [structure[int(atom)].specie for atom in index]
-    # The drawn images are atoms of their own here: nglview shows what it is given and repeats nothing.
-    drawn = type(structure)(structure.lattice, species, frac_coords, validate_proximity=False)
-    view = nglview.show_ase(AseAtomsAdaptor.get_atoms(drawn, msonable=False), default_representation=False)
-    view.add_representation("spacefill", radiusType="covalent", radiusScale=0.5)
-    view.add_unitcell()
-    view.camera = "orthographic"
-    view.layout.width = view.layout.height = size
-    return view
-
-
-__all__ = [
-    "continuity_figure",
-    "displacement_energy",
-    "displacement_energy_plotly",
-    "draw_crystal",
-    "draw_crystals",
-    "energy_comparison",
-    "energy_profile",
-    "match_rate_figure",
-    "rmse_histogram",
-    "save_figure",
-    "training_curves",
-    "view_crystal",
-]
-ENERGY = "energy $E$ (dimensionless)"
 
 # One row per panel of the training figure: title, then the columns drawn in it with their legend labels.
 TRAINING_PANELS = (
@@ -269,11 +247,10 @@ def _require(table: pd.DataFrame, *columns: str) -> None:
 
 @styled
 def training_curves(history: pd.DataFrame, smooth: int = 1) -> Figure:
-    """Progress of a training run, one panel for each quantity found in ``history``.
+    """One panel for each quantity of ``TRAINING_PANELS`` in ``history``, against ``update`` (or the row index).
 
     Args:
-        history: one row an update, column ``update`` (or the row index) and any of ``energy_real``, ``energy_sample``,
-            ``gap``, ``loss``, ``acceptance_rate``, ``buffer_age``, ``gradient_norm``.
+        history: one row an update.
         smooth: window of the running mean, in updates; the raw curve stays visible behind it.
     """
     panels = [(title, {c: t for c, t in columns.items() if c in history}) for title, columns in TRAINING_PANELS]
@@ -284,25 +261,15 @@ def training_curves(history: pd.DataFrame, smooth: int = 1) -> Figure:
     step = history.get("update", history.index)
     n_columns = min(3, len(panels))
     figure, axes = new_figure(-(-len(panels) // n_columns), n_columns, size=(3.0, 2.2))
-    for ax in axes.flat[len(panels) :]:
-        ax.axis("off")
-    for ax, (title, columns) in zip(axes.flat, panels):
+    for ax, (title, columns) in itertools.zip_longest(axes.flat, panels, fillvalue=("", {})):
         for color, (column, label) in zip(COLORS, columns.items()):
             ax.plot(step, history[column], color=color, alpha=0.3 if smooth > 1 else 1, lw=1)
             ax.plot(step, history[column].rolling(smooth, min_periods=1).mean(), color=color, label=label)
-        ax.set(xlabel="update", title=title)
+        ax.set(xlabel="update", title=title, ylim=(0, 1) if "acceptance_rate" in columns else None)
         if len(columns) > 1:
             ax.legend()
-        if "acceptance_rate" in columns:
-            ax.set_ylim(0, 1)
+        ax.axis("on" if columns else "off")
     return figure
-
-
-def displacement_panels(table: pd.DataFrame) -> list[tuple[str, list[tuple[str, pd.DataFrame]]]]:
-    """Rows of Figure 2: for each data set, its crystals with their part of ``table``, in order of appearance."""
-    _require(table, "dataset", "material", "displacement", "energy")
-    rows = table.groupby("dataset", sort=False)
-    return [(str(name), [(str(m), part) for m, part in row.groupby("material", sort=False)]) for name, row in rows]
 
 
 @styled
@@ -313,43 +280,20 @@ def displacement_energy(table: pd.DataFrame) -> Figure:
         table: columns ``dataset``, ``material`` (one panel each), ``displacement`` (its length, Å), ``energy``; a row
             with displacement 0 marks the undisturbed crystal.
     """
-    rows = displacement_panels(table)
+    _require(table, "dataset", "material", "displacement", "energy")
+    rows = [(name, list(part.groupby("material", sort=False))) for name, part in table.groupby("dataset", sort=False)]
     figure, axes = new_figure(len(rows), max(len(crystals) for _, crystals in rows), size=(2.5, 2.1))
-    for ax in axes.flat:
-        ax.axis("off")
     for (dataset, crystals), row, color in zip(rows, axes, itertools.cycle(COLORS)):
         for (material, part), ax in zip(crystals, row):
-            ax.axis("on")
             ax.scatter(part["displacement"], part["energy"], s=5, color=color, alpha=0.45, lw=0, rasterized=True)
             for energy in part.loc[part["displacement"] == 0, "energy"].head(1):
                 ax.axhline(energy, color="0.3", lw=0.8, ls="--")
             ax.set(title=material, xlim=(0, None), xlabel="|displacement| (Å)")
             ax.ticklabel_format(axis="y", useOffset=False)
+        for ax in row[len(crystals) :]:
+            ax.axis("off")
         row[0].set_ylabel(f"{dataset}\n{ENERGY}")
     return figure
-
-
-def displacement_energy_plotly(table: pd.DataFrame) -> go.Figure:
-    """Interactive :func:`displacement_energy`: pointing at a mark gives its displacement and energy."""
-    from plotly import graph_objects as go
-    from plotly.subplots import make_subplots
-
-    rows = displacement_panels(table)
-    n_columns = max(len(crystals) for _, crystals in rows)
-    titles = [
-        f"{name}: {crystals[i][0]}" if i < len(crystals) else "" for name, crystals in rows for i in range(n_columns)
-    ]
-    figure = make_subplots(len(rows), n_columns, subplot_titles=titles)
-    hover = "%{customdata}<br>|displacement| %{x:.3f} Å<br>energy %{y:.5f}<extra></extra>"
-    for row, ((_, crystals), color) in enumerate(zip(rows, itertools.cycle(COLORS)), start=1):
-        for column, (material, part) in enumerate(crystals, start=1):
-            marks = {"size": 4, "color": color, "opacity": 0.5}
-            names = [material] * len(part)
-            x, y = part["displacement"], part["energy"]
-            trace = go.Scattergl(x=x, y=y, mode="markers", marker=marks, customdata=names, hovertemplate=hover)
-            figure.add_trace(trace, row, column)
-    figure.update_xaxes(title_text="|displacement| (Å)").update_yaxes(title_text="energy (dimensionless)", col=1)
-    return figure.update_layout(template="simple_white", showlegend=False, height=300 * len(rows))
 
 
 @styled
@@ -357,12 +301,10 @@ def match_rate_figure(curve: pd.DataFrame) -> Figure:
     """Match rate against the number of samples k.
 
     Args:
-        curve: columns ``k``, ``match_rate`` (0 … 1); optionally ``low`` and ``high`` (interval) and ``label`` (one line
-            each).
+        curve: columns ``k``, ``match_rate`` (0 … 1); optionally ``low``, ``high`` (interval), ``label`` (of a line).
     """
     _require(curve, "k", "match_rate")
-    figure, axes = new_figure()
-    ax = axes[0, 0]
+    figure, ((ax,),) = new_figure()
     labels = curve["label"] if "label" in curve else ["match rate"] * len(curve)
     for color, (label, part) in zip(itertools.cycle(COLORS), curve.groupby(np.asarray(labels), sort=False)):
         ax.plot(part["k"], 100 * part["match_rate"], "o-", ms=3, color=color, label=label)
@@ -377,23 +319,16 @@ def match_rate_figure(curve: pd.DataFrame) -> Figure:
 
 @styled
 def rmse_histogram(table: pd.DataFrame, n_bins: int = 25) -> Figure:
-    """Distribution of the smallest normalised RMS displacement of the matched crystals (unitless).
-
-    Args:
-        table: one row a crystal, column ``rms_best`` (missing where nothing matched).
-        n_bins: number of bins.
-    """
+    """Smallest normalised RMS displacement of each crystal, column ``rms_best`` (missing where nothing matched)."""
     _require(table, "rms_best")
     rmse = table["rms_best"].dropna()
-    figure, axes = new_figure()
-    ax = axes[0, 0]
-    ax.hist(rmse, bins=n_bins, range=(0, max(0.5, rmse.max() if len(rmse) else 0)), color=COLORS[0], edgecolor="white")
+    figure, ((ax,),) = new_figure()
+    ax.hist(rmse, bins=n_bins, range=(0, max([0.5, *rmse])), color=COLORS[0], edgecolor="white")
     if len(rmse):
         ax.axvline(rmse.mean(), color=COLORS[1], label=f"mean {rmse.mean():.3f}")
         ax.legend()
-    ax.set(
-        xlabel="normalised RMS displacement (unitless)", ylabel="crystals", title=f"{len(rmse)} of {len(table)} matched"
-    )
+    ax.set(xlabel="normalised RMS displacement (unitless)", ylabel="crystals")
+    ax.set_title(f"{len(rmse)} of {len(table)} matched")
     return figure
 
 
@@ -410,14 +345,12 @@ def energy_comparison(
     reference, sample = np.asarray(reference_energy, float), np.asarray(sample_energy, float)
     if reference.shape != sample.shape or not reference.size:
         raise ValueError(f"sample_energy has shape {sample.shape}, expected that of reference_energy {reference.shape}")
-    figure, axes = new_figure(size=(3.2, 3.0))
-    ax = axes[0, 0]
-    groups = {"samples": np.ones(len(sample), bool)}
-    if matched is not None:
-        groups = {"match": np.asarray(matched, bool), "no match": ~np.asarray(matched, bool)}
+    figure, ((ax,),) = new_figure(size=(3.2, 3.0))
+    match = np.ones(len(sample), bool) if matched is None else np.asarray(matched, bool)
     size = min(12, max(1.5, 6000 / len(sample)))
-    for color, (label, chosen) in reversed(list(zip(COLORS, groups.items()))):  # matches on top: mostly the fewer
-        ax.scatter(reference[chosen], sample[chosen], s=size, color=color, alpha=0.6, lw=0, label=label)
+    for color, label, chosen in ((COLORS[1], "no match", ~match), (COLORS[0], "match", match)):  # matches on top
+        if chosen.any():
+            ax.scatter(reference[chosen], sample[chosen], s=size, color=color, alpha=0.6, lw=0, label=label)
     ends = np.nanmin([reference, sample]), np.nanmax([reference, sample])
     ax.plot(ends, ends, color="0.3", lw=0.8, ls="--")
     ax.set(xlabel="reference energy (dimensionless)", ylabel="sample energy (dimensionless)")
@@ -427,14 +360,13 @@ def energy_comparison(
 
 
 @styled
-def continuity_figure(profiles: Mapping[str, ContinuityProfile]) -> Figure:
+def continuity_figure(profiles: Mapping[str, pd.DataFrame]) -> Figure:
     """Largest energy change against the size δ of a displacement, log-log: a continuous energy falls, a jump stays.
 
     Args:
         profiles: for each line its label, and arrays ``.delta`` (Å; only its size is drawn) and ``.change`` (|ΔE|).
     """
-    figure, axes = new_figure(size=(3.8, 2.9))
-    ax = axes[0, 0]
+    figure, ((ax,),) = new_figure(size=(3.8, 2.9))
     for color, (label, profile) in zip(itertools.cycle(COLORS), profiles.items()):
         delta, change = np.abs(profile.delta), np.asarray(profile.change)
         order = np.argsort(delta)
@@ -446,12 +378,8 @@ def continuity_figure(profiles: Mapping[str, ContinuityProfile]) -> Figure:
 
 
 @styled
-def energy_profile(profiles: Mapping[str, ContinuityProfile]) -> Figure:
-    """Energy along a path through δ = 0, one panel each: a jump at 0 shows as a broken curve.
-
-    Args:
-        profiles: for each panel its title, and arrays ``.delta`` (Å) and ``.energy``.
-    """
+def energy_profile(profiles: Mapping[str, pd.DataFrame]) -> Figure:
+    """Energy along a path through δ = 0, one panel for each title: a jump at 0 shows as a broken curve."""
     figure, axes = new_figure(1, len(profiles), size=(2.9, 2.4))
     for ax, color, (title, profile) in zip(axes[0], itertools.cycle(COLORS), profiles.items()):
         delta, energy = np.asarray(profile.delta), np.asarray(profile.energy)
@@ -470,11 +398,7 @@ def save_figure(figure: Figure, path: str | Path, parameters: dict[str, Any]) ->
     Args:
         figure: a matplotlib figure.
         path: where to; must end in ``.png``. Folders are made.
-        parameters: what a reader needs to make it again (data set, seed, checkpoint, …); values that JSON does not
-            know are written as text.
-
-    Returns:
-        The path of the picture.
+        parameters: what is needed to make it again; values that JSON does not know are written as text.
     """
     path = Path(path)
     if path.suffix != ".png":

@@ -1,176 +1,42 @@
-"""Scores of crystal structure prediction: match rate, RMSE, METRe, cRMSE, validity, ranking, with intervals.
+"""How good are predicted crystals: match rate (loose, strict, good), RMSE, METRe, cRMSE, validity, and their intervals.
 
-All pairs of prediction and reference are compared (``matching``) in worker processes (``workers``), tabulated here, and
-summarised (``statistics``).
+Top to bottom: validity, the comparison of two crystals, many comparisons under a time limit, the scores, and what more
+candidates or a choice among them would give.
 """
 
 from __future__ import annotations
 
 import math
 import multiprocessing
-import os
 import signal
 import sys
-import time
 import warnings
-from collections import defaultdict, deque
-from contextlib import suppress
-from functools import cache, partial
+from collections import defaultdict
+from concurrent.futures import TimeoutError
+from functools import cache
 from itertools import chain
-from multiprocessing.connection import wait
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from joblib import effective_n_jobs
+from pebble import ProcessExpired, ProcessPool
 from pymatgen.core import Composition, Structure
 from pymatgen.core.structure_matcher import StructureMatcher
-from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
-from tqdm.auto import tqdm
-
+from tqdm import tqdm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-
-START_LIMIT_S = 120.0  # a worker that has not said hello by then never will
-
-
-def _serve(connection: Any, function: Callable, tasks: Sequence[tuple]) -> None:
-    """Life of a worker: receive task numbers, send (number, result) one by one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
-    warnings.simplefilter("ignore")
-    parent = os.getppid()
-    connection.send("ready")
-    while True:
-        while not connection.poll(5.0):
-            if os.getppid() != parent:  # the parent was killed: do not wait for ever
-                return
-        try:
-            for number in connection.recv():
-                try:
-                    result = function(*tasks[number])
-                except Exception as error:  # raised again in the parent
-                    result = error
-                connection.send((number, result))
-        except (EOFError, OSError):
-            return
-
-
-class _Worker:
-    """One process and the numbers of its unanswered tasks; the first of them is in progress since ``since``."""
-
-    def __init__(self, function: Callable, tasks: Sequence[tuple]) -> None:
-        # fork starts in milliseconds and needs no importable __main__; elsewhere than on Linux it is not safe
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        self.connection, child = context.Pipe()
-        self.process = context.Process(target=_serve, args=(child, function, tasks), daemon=True)
-        self.process.start()
-        child.close()  # so that the death of the worker is seen as the end of the stream
-        self.pending: deque[int] = deque()
-        self.ready = False
-
-    def give(self, numbers: Sequence[int]) -> None:
-        if not self.ready and not self.connection.poll(START_LIMIT_S):
-            raise RuntimeError(f"a worker process did not start within {START_LIMIT_S} s")
-        with suppress(OSError, EOFError):  # a dead worker is noticed when its answer is read
-            self.ready = self.ready or bool(self.connection.recv())
-            self.connection.send(list(numbers))
-        self.pending.extend(numbers)
-        self.since = time.monotonic()
-
-    def answers(self) -> list[tuple[int, Any]]:
-        """All answers that have arrived; raises EOFError or OSError if the worker is dead and has none left."""
-        received = [self.connection.recv()]
-        with suppress(EOFError, OSError):
-            while self.connection.poll():
-                received.append(self.connection.recv())
-        for _ in received:
-            self.pending.popleft()
-        self.since = time.monotonic()
-        return received
-
-    def kill(self) -> None:
-        self.process.kill()  # SIGKILL: also ends a loop in compiled code, which no Python signal handler can
-        self.process.join()
-        self.connection.close()
-
-
-def run_with_time_limit(
-    function: Callable,
-    tasks: Sequence[tuple],
-    n_jobs: int = -1,
-    time_limit_s: float = 10.0,
-    description: str = "",
-    progress: bool = True,
-) -> list[Any]:
-    """``function(*task)`` for every task, in worker processes, each call under a hard time limit.
-
-    A worker that exceeds the limit, or dies, is replaced; its other tasks go back to the queue.
-
-    Args:
-        n_jobs: number of processes, as in joblib (-1: all cores).
-        time_limit_s: wall-clock limit of one call, s.
-        description: label of the progress bar on standard error; ``progress=False`` hides it.
-
-    Returns:
-        one result per task, in order; None where the worker was killed or died (so ``function`` must not return None).
-
-    Raises:
-        ValueError: if the limit is not positive.
-        Exception: the first one raised by ``function``.
-    """
-    if not time_limit_s > 0:
-        raise ValueError(f"time_limit_s is {time_limit_s}, expected a positive number of seconds")
-    results: list[Any] = [None] * len(tasks)
-    queue = deque(range(len(tasks)))
-    n_workers = max(1, min(effective_n_jobs(n_jobs), len(tasks)))
-    batch_size = max(1, min(32, len(tasks) // (4 * n_workers)))
-    workers = [_Worker(function, tasks) for _ in range(n_workers)]
-    try:
-        with tqdm(total=len(tasks), desc=description, disable=not progress) as bar:
-            while queue or any(worker.pending for worker in workers):
-                _hand_out(queue, workers, batch_size)
-                busy = [worker for worker in workers if worker.pending]
-                first_deadline = min(worker.since for worker in busy) + time_limit_s
-                arrived = wait([worker.connection for worker in busy], max(0.0, first_deadline - time.monotonic()))
-                for worker in busy:
-                    answers = _collect(worker, worker.connection in arrived, time_limit_s)
-                    if answers is None:  # replace the worker: its first task is lost, the others wait for another one
-                        worker.kill()
-                        queue.extendleft(reversed(list(worker.pending)[1:]))
-                        workers[workers.index(worker)] = _Worker(function, tasks)
-                    for number, result in answers or []:
-                        if isinstance(result, Exception):
-                            raise result
-                        results[number] = result
-                    bar.update(1 if answers is None else len(answers))
-    finally:
-        for worker in workers:
-            worker.kill()
-    return results
-
-
-def _hand_out(queue: deque[int], workers: Sequence[_Worker], batch_size: int) -> None:
-    for worker in workers:
-        if queue and not worker.pending:
-            worker.give([queue.popleft() for _ in range(min(batch_size, len(queue)))])
-
-
-def _collect(worker: _Worker, has_arrived: bool, time_limit_s: float) -> list[tuple[int, Any]] | None:
-    """Answers of a worker, or None if it is dead or out of time."""
-    if not has_arrived:
-        return None if time.monotonic() - worker.since > time_limit_s else []
-    try:
-        return worker.answers()
-    except (EOFError, OSError):
-        return None
-
-
 MIN_DISTANCE = 0.5  # Å, CDVAE
 MIN_VOLUME = 0.1  # Å³, CDVAE
+LOOSE = {"ltol": 0.3, "stol": 0.5, "angle_tol": 10.0}  # tolerances of the field: lengths and sites relative, degrees
 STRICT = {"ltol": 0.2, "stol": 0.3, "angle_tol": 5.0}  # pymatgen's defaults
-SYMPREC = 0.1  # Å
+GOOD = 0.1  # a loose match of smaller rms displacement is called good
+CRITERIA = {"loose": "", "strict": "_strict", "good": "_good"}  # and how the scores are named
+COUNTS = ["n_predictions", "n_missing", "n_timed_out", "n_invalid", "n_wrong_composition"]
+LISTS = ["rms", "strict", "valid", "energy"]  # columns with an entry per prediction
+BATCH = 32  # comparisons sent to a worker at once
 
 
 @cache
@@ -178,13 +44,8 @@ def is_charge_neutral(formula: str) -> bool:
     """Whether a composition can be charge neutral, by the rule of CDVAE.
 
     Single elements and compounds of metals only are valid. Otherwise every element takes one of its known oxidation
-    states (``Element.oxidation_states`` of pymatgen, zero excluded; the shorter list of *common* states would reject
-    two thirds of Perov-5): some choice must sum to zero with every cation less electronegative than every anion.
-    CDVAE reads the states from the smact package, whose list differs: the two verdicts agree for 99 % of the
-    compositions of the Perov-5 test set and for 97 % of MP-20's and MPTS-52's.
-
-    Args:
-        formula: anything that ``Composition`` parses.
+    states (pymatgen's, zero excluded; CDVAE takes the list of smact, which differs): some choice must sum to zero with
+    every cation less electronegative than every anion.
 
     Source: Xie et al., ICLR 2022 (CDVAE), evaluation metrics; Davies et al., Chem 1, 617 (2016) (SMACT).
     """
@@ -211,12 +72,10 @@ def _has_volume(structure: Structure) -> bool:
 
 
 def is_valid_structure(structure: Structure, charge_neutrality: bool = True) -> bool:
-    """Validity as in CDVAE and DiffCSP.
+    """Validity as in CDVAE: finite, at least 0.1 Å³, charge neutral, and sites more than 0.5 Å apart.
 
-    Coordinates are finite, the volume is at least 0.1 Å³, the shortest distance between two sites (nearest images; a
-    site and its own images are not compared) exceeds 0.5 Å, and, unless ``charge_neutrality`` is False, the
-    composition passes :func:`is_charge_neutral`. DiffCSP also calls a crystal invalid for which no CrystalNN
-    fingerprint can be computed; that is left out here.
+    Nearest images are compared, a site and its own images are not. DiffCSP also calls a crystal invalid for which no
+    CrystalNN fingerprint can be computed; that is left out here.
     """
     if not _has_volume(structure):
         return False
@@ -224,133 +83,254 @@ def is_valid_structure(structure: Structure, charge_neutrality: bool = True) -> 
     return bool((distances > MIN_DISTANCE).all()) and (not charge_neutrality or is_charge_neutral(structure.formula))
 
 
-def score_pair(
-    prediction: Structure | None, reference: Structure, ltol: float = 0.3, stol: float = 0.5, angle_tol: float = 10.0
-) -> tuple[float, bool, bool]:
+class PairScore(NamedTuple):
+    """One comparison; the defaults say "no match"."""
+
+    rms: float = math.nan  # RMS displacement over (volume per atom)^(1/3), unitless; NaN: no match at LOOSE
+    strict: bool = False  # whether they match at STRICT too
+    valid: bool = False  # whether the prediction is valid but for its charge
+
+
+def score_pair(prediction: Structure | None, reference: Structure) -> PairScore:
     """Compare one prediction with one reference.
 
     Both cells are LLL-reduced first: the same solids, but pymatgen's Niggli reduction then takes milliseconds where
     it takes seconds for a skewed cell. A missing prediction, a different composition or a volume below 0.1 Å³ is no
     match, and an error inside the matcher is none either.
-
-    Returns:
-        normalised RMS displacement (NaN: no match), whether they match at the strict tolerances 0.2 / 0.3 / 5, and
-        whether the prediction is valid but for its charge.
     """
-    nothing = (math.nan, False, False)
     if prediction is None or not _has_volume(prediction):
-        return nothing
+        return PairScore()
     try:
         first, second = (structure.get_reduced_structure("LLL") for structure in (prediction, reference))
         valid = is_valid_structure(first, charge_neutrality=False)
         if prediction.composition.reduced_formula != reference.composition.reduced_formula:
-            return math.nan, False, valid
-        match = StructureMatcher(ltol=ltol, stol=stol, angle_tol=angle_tol).get_rms_dist(first, second)
+            return PairScore(valid=valid)
+        match = StructureMatcher(**LOOSE).get_rms_dist(first, second)
         strict = match is not None and StructureMatcher(**STRICT).get_rms_dist(first, second) is not None
-        return (math.nan if match is None else float(match[0])), strict, valid
+        return PairScore(math.nan if match is None else float(match[0]), strict, valid)
     except Exception:  # a distorted cell makes spglib, numpy and pymatgen fail in many ways
-        return nothing
+        return PairScore()
 
 
-def same_space_group(prediction: Structure, reference: Structure) -> bool:
-    """Whether spglib finds the same space group for both, at a tolerance of 0.1 Å; False if it finds none."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # spglib announces a new way to report failure
-            first, second = (
-                SpacegroupAnalyzer(s, symprec=SYMPREC).get_space_group_number() for s in (prediction, reference)
-            )
-    except Exception:  # spglib finds no space group
-        return False
-    return first == second
+_work: list[Any] = []  # in a worker: the function and its tasks
 
 
-COUNTS = ("n_predictions", "n_missing", "n_timed_out", "n_invalid", "n_invalid_structure", "n_wrong_composition")
-BLOCK = 100  # bootstrap resamples held in memory at once
+def _start_worker(function: Callable, tasks: Sequence[tuple]) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends a loop in compiled code, which no Python handler can
+    warnings.simplefilter("ignore")
+    _work[:] = [function, tasks]
 
 
-def check_k_values(k_values: Sequence[int] | None, n_samples: int) -> list[int]:
-    """Sorted numbers of predictions to score at; by default 1 and all."""
-    chosen = sorted({1, n_samples} if k_values is None else set(k_values))
-    if not chosen or chosen[0] < 1 or chosen[-1] > n_samples:
-        raise ValueError(f"k_values is {k_values}, allowed are 1 … {n_samples} (the number of predictions)")
-    return chosen
+def _answer(numbers: Sequence[int]) -> list[Any]:
+    function, tasks = _work
+    return [function(*tasks[number]) for number in numbers]
 
 
-def summarise(
-    table: pd.DataFrame, k_values: Sequence[int] | None = None, *, stol: float = 0.5, seed: int = 0
-) -> dict[str, Any]:
-    """Summary of a table of :func:`evaluate_csp` (or of several, concatenated).
+def run_with_time_limit(
+    function: Callable,
+    tasks: Sequence[tuple],
+    n_jobs: int = -1,
+    time_limit_s: float = 10.0,
+    description: str = "",
+    progress: bool = True,
+) -> list[Any]:
+    """``function(*task)`` for every task, in worker processes that are killed when a call exceeds the limit.
 
-    For each k, over the first k predictions, with N the number of references:
+    Tasks are sent in batches; if one is not answered within the limit, or its worker dies, each of its tasks is tried
+    alone. So a result does not depend on the batches or on the number of processes (``n_jobs``, as in joblib).
 
-    - match_rate@k: share of references with a match; rmse@k: mean over these of the smallest rms displacement.
-    - crmse@k: the same mean over all references, unmatched ones counting as ``stol``.
-    - …_structure_valid@k, …_valid@k: match rate and RMSE if predictions that fail :func:`is_valid_structure` (without
-      and with charge neutrality) are dropped; N stays. The latter follows DiffCSP, which at k = 1, but not at k = 20,
-      also asks for a valid reference; references are not tested here.
-    - match_rate_strict@k: match rate at ltol, stol, angle_tol = 0.2, 0.3, 5.
-    - metre@k, metre_crmse@k: a reference is matched if *any* of the first k predictions made for *any* reference of
-      its composition matches it, so that the order among polymorphs does not matter. NaN if it was not compared.
-    - match_rate_ranked@k, rmse_ranked@k: among the k predictions of lowest energy; at k = 1 also named
-      …_lowest_energy; match_rate_random@k: expected for k predictions in random order. NaN without energies.
-
-    Further: match_rate and rmse (at the largest k); space_group_agreement: share of matched references whose best
-    prediction has their space group (spglib, symprec 0.1 Å); n_references, n_samples (largest number of predictions),
-    n_predictions, n_missing, n_timed_out (comparisons), n_invalid, n_invalid_structure, n_wrong_composition. Each mean
-    has a 95 % bootstrap interval over references, named …_interval.
+    Returns:
+        One result per task, in order; None where a task alone exceeded the limit or killed its worker.
 
     Raises:
-        ValueError: if the table is empty or k_values exceeds the number of predictions.
+        ValueError: if the limit is not positive.
+        Exception: the first one raised by ``function``.
+    """
+    if not time_limit_s > 0:
+        raise ValueError(f"time_limit_s is {time_limit_s}, expected a positive number of seconds")
+    # fork starts in milliseconds, copies no task and needs no importable __main__; elsewhere than on Linux it is unsafe
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    n_workers = max(1, min(effective_n_jobs(n_jobs), len(tasks)))
+    size = max(1, min(BATCH, len(tasks) // (4 * n_workers)))
+    results, todo = [None] * len(tasks), [range(len(tasks))[i : i + size] for i in range(0, len(tasks), size)]
+    with tqdm(total=len(tasks), desc=description, disable=None if progress else True) as bar:
+        while todo:
+            batches, todo = todo, []
+            pool = ProcessPool(n_workers, initializer=_start_worker, initargs=(function, tasks), context=context)
+            try:
+                futures = [pool.schedule(_answer, (batch,), timeout=time_limit_s) for batch in batches]
+                for batch, future in zip(batches, futures, strict=True):
+                    try:
+                        results[batch.start : batch.stop] = future.result()
+                    except (TimeoutError, ProcessExpired):
+                        if len(batch) > 1:
+                            todo += [range(number, number + 1) for number in batch]
+                            continue
+                    bar.update(len(batch))
+            finally:
+                pool.stop()
+                pool.join()
+    return results
+
+
+def evaluate_csp(
+    references: Sequence[Structure],
+    predictions: Sequence[Sequence[Structure | None]],
+    n_jobs: int = -1,
+    *,
+    material_ids: Sequence[str] | None = None,
+    time_limit_s: float = 10.0,
+    metre: bool = True,
+    progress: bool = True,
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Score predicted crystals against their references.
+
+    Args:
+        references: one crystal per entry; entries may repeat.
+        predictions: for each reference its predictions, in the order that "the first k" refers to; if all carry
+            ``properties["energy"]`` (lower is better), one is also chosen by it. Their number may vary. None is a
+            missing one: it keeps its place in the order, matches nothing and is not valid.
+        n_jobs: worker processes (-1: all cores); the scores do not depend on it.
+        material_ids: label of each row of the table, all different; by default 0, 1, ….
+        time_limit_s: limit of one comparison, s; beyond it there is no match, and the sample counts as invalid.
+        metre: compare each reference with the predictions for all others of its composition too.
+        progress: show a progress bar where standard error is a terminal.
+
+    Returns:
+        The summary of :func:`summarise`, and a table with a row per reference: formula, n_atoms, the counts that the
+        summary adds up, rms_best (NaN: no match), best_index (-1: no match); lists with an entry per prediction: rms,
+        strict, valid, energy; and pool_rms, one such list of rms for each reference of the same composition.
+
+    Raises:
+        ValueError: if the inputs are empty, differ in length or type, or material ids are missing or repeated.
+    """
+    references, predictions = list(references), [list(candidates) for candidates in predictions]
+    index = pd.Index(range(len(references)) if material_ids is None else list(material_ids), name="material_id")
+    _check_input(references, predictions, index)
+    groups = defaultdict(list)
+    for row, reference in enumerate(references):
+        groups[reference.composition.reduced_formula].append(row)
+    pairs = []  # (reference, whose prediction, its number), own predictions first
+    for row, reference in enumerate(references):
+        others = [other for other in groups[reference.composition.reduced_formula] if metre and other != row]
+        pairs += [(row, owner, number) for owner in (row, *others) for number in range(len(predictions[owner]))]
+    tasks = [(predictions[owner][number], references[row]) for row, owner, number in pairs]
+    pools: list[dict[int, list]] = [{row: []} for row in range(len(references))]
+    results = run_with_time_limit(score_pair, tasks, n_jobs, time_limit_s, "matching", progress)
+    for (row, owner, _), result in zip(pairs, results, strict=True):
+        pools[row].setdefault(owner, []).append(result)
+    rows = [_row(*entry) for entry in zip(references, predictions, map(list, map(dict.values, pools)), strict=True)]
+    table = pd.DataFrame(rows, index=index)
+    return summarise(table), table
+
+
+def _check_input(references: list, predictions: list[list], index: pd.Index) -> None:
+    if not references:
+        raise ValueError("references is empty, expected at least one structure")
+    for name, given in (("predictions", predictions), ("material_ids", index)):
+        if len(given) != len(references):
+            raise ValueError(f"{name} has {len(given)} entries, expected one per reference: {len(references)}")
+    if index.hasnans or "" in index:
+        raise ValueError("material_ids has a missing entry, expected a name for each reference")
+    if not index.is_unique:
+        raise ValueError(f"material_ids has {index[index.duplicated()][0]!r} more than once, expected different names")
+    if not any(predictions):
+        raise ValueError("predictions holds no structure, expected at least one")
+    for structure in chain(references, (s for candidates in predictions for s in candidates if s is not None)):
+        if not isinstance(structure, Structure):
+            raise ValueError(f"found a {type(structure).__name__}, expected a pymatgen Structure")
+
+
+def _row(reference: Structure, candidates: list[Structure | None], pool: list[list]) -> dict[str, Any]:
+    own = [result or PairScore() for result in pool[0]]
+    rms, formula = np.array([score.rms for score in own]), reference.composition.reduced_formula
+    valid = [s.valid and is_charge_neutral(candidate.formula) for s, candidate in zip(own, candidates, strict=True)]
+    present = [candidate for candidate in candidates if candidate is not None]
+    best = int(np.nanargmin(rms)) if np.isfinite(rms).any() else -1
+    return {
+        "formula": formula,
+        "n_atoms": len(reference),
+        "n_predictions": len(candidates),
+        "n_missing": len(candidates) - len(present),
+        "n_timed_out": sum(result is None for results in pool for result in results),
+        "n_invalid": len(valid) - sum(valid),
+        "n_wrong_composition": sum(candidate.composition.reduced_formula != formula for candidate in present),
+        "rms_best": rms[best] if best >= 0 else math.nan,
+        "best_index": best,
+        "rms": rms.tolist(),
+        "strict": [score.strict for score in own],
+        "valid": valid,
+        "energy": [math.nan if c is None else float(c.properties.get("energy", math.nan)) for c in candidates],
+        "pool_rms": [[math.nan if result is None else result.rms for result in results] for results in pool],
+    }
+
+
+def summarise(table: pd.DataFrame) -> dict[str, Any]:
+    """Scores of a table of :func:`evaluate_csp` (or of several, concatenated or pooled).
+
+    For k = 1 and k = n_samples (the largest number of predictions), over the first k of each of N references:
+
+    - match_rate@k: share of references with a match; rmse@k: mean over these of the smallest rms displacement;
+      crmse@k: the same mean over all N, unmatched ones counting 0.5 (the tolerance).
+    - match_rate_strict@k: match at ltol, stol, angle_tol = 0.2, 0.3, 5; match_rate_good@k: a match with rms < 0.1.
+    - match_rate_valid@k, rmse_valid@k: if predictions that fail :func:`is_valid_structure` are dropped; N stays.
+      DiffCSP at k = 1, but not at k = 20, also asks for a valid reference; references are not tested here.
+    - metre@k, metre_good@k, metre_crmse@k: a reference is matched if *any* of the first k predictions made for *any*
+      reference of its composition matches it. NaN if these were not compared.
+    - match_rate…_random@k: expected for k predictions in random order.
+
+    Of the prediction of lowest energy: match_rate…_lowest_energy, rmse_lowest_energy; NaN without energies. At k =
+    n_samples also without "@k": match_rate, match_rate_strict, match_rate_good, rmse. Counts: n_references, n_samples,
+    n_predictions, n_missing, n_timed_out (comparisons), n_invalid, n_wrong_composition. Each mean has a 95 % bootstrap
+    interval over references, named …_interval. An empty table is a ValueError.
 
     Source: Jiao et al., NeurIPS 2023 (match rate, RMSE); Martirossyan et al., arXiv 2509.12178 (METRe, cRMSE).
     """
     if not len(table):
         raise ValueError("table is empty, expected at least one row")
     n_samples = int(table["n_predictions"].max())
-    values: dict[str, np.ndarray] = {}
-    for k in check_k_values(k_values, n_samples):
-        values |= {f"{name}@{k}": per_reference for name, per_reference in _values_at(table, k, stol).items()}
-        for name in ("match_rate", "rmse"):
-            values[name] = values[f"{name}@{k}"]
-            if k == 1:
-                values[f"{name}_lowest_energy"] = values[f"{name}_ranked@1"]
-    values["space_group_agreement"] = table["same_space_group"].to_numpy(float)
+    values = _columns(table, 1) | _columns(table, n_samples)
+    values |= {name: values[f"{name}@{n_samples}"] for name in ("match_rate", "match_rate_strict", "match_rate_good")}
+    values["rmse"] = values[f"rmse@{n_samples}"]
+    columns = np.column_stack(list(values.values())).astype(float)
+    intervals = zip(*map(np.ndarray.tolist, bootstrap_interval(columns)), strict=True)
     summary: dict[str, Any] = {"n_references": len(table), "n_samples": n_samples}
-    for name in COUNTS:
-        summary[name] = int(table[name].sum())
-    intervals = _bootstrap(np.column_stack(list(values.values())), seed, 1000, 0.95)
-    for (name, per_reference), interval in zip(values.items(), intervals, strict=True):
-        summary[name] = float(np.nanmean(per_reference)) if np.isfinite(per_reference).any() else math.nan
+    summary |= {name: int(table[name].sum()) for name in COUNTS}
+    for name, column, interval in zip(values, columns.T, intervals, strict=True):
+        summary[name] = float(np.nanmean(column)) if np.isfinite(column).any() else math.nan
         summary[f"{name}_interval"] = interval
     return summary
 
 
-def _values_at(table: pd.DataFrame, k: int, stol: float) -> dict[str, np.ndarray]:
+def _columns(table: pd.DataFrame, k: int) -> dict[str, np.ndarray]:
     """Per reference, the numbers whose means are the scores at k; NaN where a reference does not count."""
-    rms, energy = _matrix(table["rms"]), _matrix(table["energy"])
-    order = np.argsort(energy, axis=1, kind="stable")  # NaN, a missing prediction, goes last
-    n_energies = np.isfinite(energy).sum(1)
-    has_energy = bool((n_energies == table["n_predictions"] - table["n_missing"]).all())
-    ranked = np.take_along_axis(rms, order, 1) if has_energy else np.full_like(rms, math.nan)
-    best = {
-        "": _smallest(rms[:, :k]),
-        "_structure_valid": _smallest(np.where(_matrix(table["structure_valid"]) == 1, rms, math.nan)[:, :k]),
-        "_valid": _smallest(np.where(_matrix(table["valid"]) == 1, rms, math.nan)[:, :k]),
-        "_ranked": _smallest(ranked[:, :k]),
-    }
-    values = {f"match_rate{name}": np.isfinite(smallest).astype(float) for name, smallest in best.items()}
-    values |= {f"rmse{name}": smallest for name, smallest in best.items()}
-    if not has_energy:
-        values["match_rate_ranked"] = np.full(len(table), math.nan)
-    values["match_rate_random"] = _random_order(rms, table["n_predictions"].to_numpy(), k)[0]
-    values["match_rate_strict"] = (_matrix(table["strict"])[:, :k] == 1).any(1).astype(float)
-    values["crmse"] = np.where(np.isfinite(best[""]), best[""], stol)
-    pool = np.array([_smallest(_matrix(lists)[:, :k].reshape(1, -1))[0] for lists in table["pool_rms"]])
+    rms, energy, stol = matching_rms(table), _matrix(table["energy"]), LOOSE["stol"]
+    has_energy = (np.isfinite(energy).sum(1) == table["n_predictions"] - table["n_missing"]).all()
+    lowest = np.nan_to_num(energy, nan=math.inf).argmin(1)[:, None]
+    best = np.fmin.reduce(rms[:, :k], axis=1)  # NaN only where all are
+    valid = np.fmin.reduce(np.where(_matrix(table["valid"])[:, :k] == 1, rms[:, :k], math.nan), axis=1)
+    values = {f"rmse@{k}": best, f"crmse@{k}": np.where(np.isnan(best), stol, best)}
+    values |= {f"match_rate_valid@{k}": np.isfinite(valid), f"rmse_valid@{k}": valid}
+    values["rmse_lowest_energy"] = np.where(has_energy, np.take_along_axis(rms, lowest, 1)[:, 0], math.nan)
+    for criterion, suffix in CRITERIA.items():
+        matching = matching_rms(table, criterion)
+        chosen = np.isfinite(np.take_along_axis(matching, lowest, 1)[:, 0])
+        values[f"match_rate{suffix}@{k}"] = np.isfinite(matching[:, :k]).any(1)
+        values[f"match_rate{suffix}_random@{k}"] = _random_order(matching, table["n_predictions"], k)[0]
+        values[f"match_rate{suffix}_lowest_energy"] = np.where(has_energy, chosen, math.nan)
+    pool = np.array([np.fmin.reduce(_matrix(lists)[:, :k], axis=None) for lists in table["pool_rms"]])
+    metre = {"metre": np.isfinite(pool), "metre_good": pool < GOOD, "metre_crmse": np.where(np.isnan(pool), stol, pool)}
     compared = table.groupby("formula")["formula"].transform("size").to_numpy() == [len(x) for x in table["pool_rms"]]
-    values["metre"] = np.where(compared.all(), np.isfinite(pool), math.nan)
-    values["metre_crmse"] = np.where(compared.all(), np.where(np.isfinite(pool), pool, stol), math.nan)
-    return values
+    return values | {f"{n}@{k}": np.where(compared.all(), column, math.nan) for n, column in metre.items()}
+
+
+def matching_rms(table: pd.DataFrame, criterion: str = "loose") -> np.ndarray:
+    """(references, predictions) rms displacements, NaN where the criterion (loose, strict, good) is not met."""
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion is {criterion!r}, allowed are {', '.join(CRITERIA)}")
+    rms = _matrix(table["rms"])
+    met = {"loose": np.isfinite(rms), "strict": _matrix(table["strict"]) == 1, "good": rms < GOOD}
+    return np.where(met[criterion], rms, math.nan)
 
 
 def _matrix(lists: Sequence[Sequence[float]]) -> np.ndarray:
@@ -361,276 +341,86 @@ def _matrix(lists: Sequence[Sequence[float]]) -> np.ndarray:
     return matrix
 
 
-def _smallest(rms: np.ndarray) -> np.ndarray:
-    """Smallest number of each row, NaN if there is none."""
-    smallest = np.where(np.isnan(rms), math.inf, rms).min(axis=1)
-    return np.where(np.isinf(smallest), math.nan, smallest)
-
-
-def bootstrap_interval(
-    values: np.ndarray, seed: int | np.random.Generator = 0, n_resamples: int = 1000, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of those values that are not NaN.
+def bootstrap_interval(values: np.ndarray, seed: int = 0, n_resamples: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+    """95 % percentile bootstrap interval of the mean of those values that are not NaN: lower and upper end.
 
     It has no width if all values agree (a rate of 0 or 1), which says nothing about the uncertainty.
 
     Args:
-        values: one number per reference; references are resampled, NaN among them.
-        seed: of the resampling; the same seed resamples the same references.
+        values: (references,) or (references, columns); references are resampled, the same ones in all columns.
 
     Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), Chapter 13.
     """
-    return _bootstrap(np.asarray(values, dtype=float)[:, None], seed, n_resamples, level)[0]
+    values = np.asarray(values, dtype=float)
+    rng, chances = np.random.default_rng(seed), np.full(len(values), 1 / len(values))
+    numbers = np.stack([np.nan_to_num(values), np.isfinite(values)], axis=1).reshape(len(values), -1)
+    # one resample is how often each reference is drawn
+    totals = np.array([rng.multinomial(len(values), chances) @ numbers for _ in range(n_resamples)])
+    total, counted = np.moveaxis(totals.reshape(n_resamples, 2, *values.shape[1:]), 1, 0)
+    means = np.divide(total, counted, out=np.full_like(total, math.nan), where=counted > 0)
+    empty = np.isnan(means).all(axis=0)
+    low, high = np.nanquantile(np.where(empty, 0.0, means), [0.025, 0.975], axis=0)
+    return np.where(empty, math.nan, low), np.where(empty, math.nan, high)
 
 
-def _bootstrap(
-    columns: np.ndarray, seed: int | np.random.Generator, n_resamples: int, level: float
-) -> list[tuple[float, float]]:
-    """The same for each column; all see the same resampled references."""
-    rng, n_references = np.random.default_rng(seed), len(columns)
-    numbers = np.hstack([np.nan_to_num(columns), np.isfinite(columns)])
-    chances, totals = np.full(n_references, 1 / n_references), []
-    for size in np.diff(np.r_[0:n_resamples:BLOCK, n_resamples]):
-        totals.append(rng.multinomial(n_references, chances, size=size).astype(float) @ numbers)  # times each is drawn
-    sums, counted = np.hsplit(np.concatenate(totals), 2)
-    tails, intervals = [(1 - level) / 2, (1 + level) / 2], []
-    for total, n in zip(sums.T, counted.T, strict=True):
-        low, high = np.quantile(total[n > 0] / n[n > 0], tails) if n.any() else (math.nan, math.nan)
-        intervals.append((float(low), float(high)))
-    return intervals
+def match_rate_curve(table: pd.DataFrame, criterion: str = "loose") -> pd.DataFrame:
+    """Match rate and RMSE against the number of predictions k: the exact mean over all subsets of k predictions.
 
-
-def match_rate_curve(table: pd.DataFrame, order: str = "random", seed: int = 0) -> pd.DataFrame:
-    """Match rate and RMSE against the number of predictions k.
-
-    In random order this is the exact mean over all subsets of size k: of n predictions of which m match, a subset
-    holds a match with probability 1 − C(n−m, k) / C(n, k), and the i-th best match is the best one of the subset with
-    probability C(n−i, k−1) / C(n, k). RMSE is the mean over references weighted by the former probability.
-    A reference with n < k predictions counts with all it has.
+    Of n predictions of which m match, the i-th best match is the best one of a subset of k with probability
+    C(n−i, k−1) / C(n, k); their sum over i ≤ m is the probability of a match. RMSE is the mean over references weighted
+    by the latter. A reference with n < k predictions counts with all it has.
 
     Args:
-        table: from :func:`evaluate_csp`.
-        order: "random", "given" (the order of the predictions), or "energy" (lowest first).
-        seed: of the bootstrap.
+        table: from :func:`evaluate_csp`, or pooled.
+        criterion: "loose", "strict" or "good".
 
     Returns:
         columns k, match_rate, rmse, and low and high: the 95 % bootstrap interval of the match rate.
-
-    Raises:
-        ValueError: on an unknown order, or if predictions without energy are to be ordered by it.
     """
-    if order not in ("random", "given", "energy"):
-        raise ValueError(f"order is {order!r}, allowed are 'random', 'given', 'energy'")
-    rms, energy, n_predictions = _matrix(table["rms"]), _matrix(table["energy"]), table["n_predictions"].to_numpy()
-    if order == "energy":
-        if (np.isfinite(energy).sum(1) != n_predictions - table["n_missing"]).any():
-            raise ValueError("order is 'energy', but some predictions have no energy; allowed are 'random', 'given'")
-        rms = np.take_along_axis(rms, np.argsort(energy, axis=1, kind="stable"), 1)
-    rows, shares = [], []
-    for k in range(1, int(n_predictions.max()) + 1):
-        if order == "random":
-            matched, expected = _random_order(rms, n_predictions, k)
-        else:
-            matched, expected = np.isfinite(_smallest(rms[:, :k])), np.nan_to_num(_smallest(rms[:, :k]))
+    rms, rows, shares = matching_rms(table, criterion), [], []
+    for k in range(1, int(table["n_predictions"].max()) + 1):
+        matched, expected = _random_order(rms, table["n_predictions"], k)
         shares.append(matched)
         rows.append((k, matched.mean(), expected.sum() / matched.sum() if matched.any() else math.nan))
     curve = pd.DataFrame(rows, columns=["k", "match_rate", "rmse"])
-    curve[["low", "high"]] = _bootstrap(np.column_stack(shares).astype(float), seed, 1000, 0.95)
-    return curve
+    return curve.assign(**dict(zip(("low", "high"), bootstrap_interval(np.column_stack(shares)), strict=True)))
 
 
-def _random_order(rms: np.ndarray, n_predictions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _random_order(rms: np.ndarray, n_predictions: Sequence[int], k: int) -> tuple[np.ndarray, np.ndarray]:
     """Per reference: probability that k of its predictions hold a match, and expected (best rms) · [there is one]."""
     matched, expected = np.zeros(len(rms)), np.zeros(len(rms))
     for row, n in enumerate(n_predictions):
-        size = min(k, int(n))
-        matches = np.sort(rms[row][np.isfinite(rms[row])])
-        is_best = [math.comb(n - i, size - 1) / math.comb(n, size) for i in range(1, len(matches) + 1)] if size else []
-        matched[row], expected[row] = sum(is_best), np.dot(is_best, matches) if len(matches) else 0.0
+        size, matches = min(k, n), np.sort(rms[row][np.isfinite(rms[row])])
+        is_best = [math.comb(n - i, size - 1) / math.comb(n, size) for i in range(1, len(matches) + 1)]
+        matched[row], expected[row] = sum(is_best), np.dot(is_best, matches)
     return matched, expected
 
 
 def pool_candidates(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Tables of :func:`evaluate_csp` for the same references joined: the candidates of the first one come first."""
-    pooled = tables[0].copy()
-    for name in ("rms", "energy"):
+    if any(not table.index.equals(tables[0].index) for table in tables):
+        raise ValueError("tables have different material ids, expected the same in each")
+    pooled = tables[0][["formula", "n_atoms"]].copy()
+    for name in COUNTS:
+        pooled[name] = sum(table[name] for table in tables)
+    for name in (*LISTS, "pool_rms"):
         pooled[name] = [list(chain(*lists)) for lists in zip(*(table[name] for table in tables), strict=True)]
     return pooled
 
 
-def ranking_table(table: pd.DataFrame, n_values: Sequence[int], seed: int = 0) -> pd.DataFrame:
-    """One answer per composition, chosen among n candidates: does the energy choose better than chance?
+def ranking_table(table: pd.DataFrame) -> pd.DataFrame:
+    """One answer per composition: does the energy choose better among the candidates than chance?
 
     Args:
-        table: from :func:`evaluate_csp`, or pooled.
-        n_values: numbers n of candidates to choose from: the first n in the order given.
-        seed: of the bootstrap.
+        table: from :func:`evaluate_csp`, or pooled; its candidates carry energies.
 
     Returns:
-        A row for each n, with the match rates of the candidate given first, of a random one of the n, of the one of
-        lowest energy (with its 95 % interval, low and high), and of the best of the n.
-
-    Raises:
-        ValueError: if a candidate that matches has no energy.
+        A row for each criterion (loose, strict, good) with the match rates of the candidate given first, of a random
+        one, of the one of lowest energy (with its 95 % interval, low and high), and of the best of all n.
     """
-    rms, energy, rows = _matrix(table["rms"]), _matrix(table["energy"]), []
-    if (np.isfinite(rms) & np.isnan(energy)).any():
-        raise ValueError("table holds candidates without energy, expected one for each")
-    for n in n_values:
-        matched, chosen = np.isfinite(rms[:, :n]), np.nan_to_num(energy[:, :n], nan=math.inf).argmin(1)
-        present = np.isfinite(energy[:, :n]).sum(1).clip(min=1)
-        lowest = matched[np.arange(len(matched)), chosen]
-        low, high = bootstrap_interval(lowest, seed)
-        rows.append((n, matched[:, 0].mean(), (matched.sum(1) / present).mean(), lowest.mean(), low, high))
-        rows[-1] += (matched.any(1).mean(),)
-    return pd.DataFrame(rows, columns=["n", "first", "random", "lowest_energy", "low", "high", "best_of_n"])
-
-
-__all__ = [
-    "bootstrap_interval",
-    "evaluate_csp",
-    "is_charge_neutral",
-    "is_valid_structure",
-    "match_rate_curve",
-    "random_structures",
-    "run_with_time_limit",
-    "score_pair",
-    "summarise",
-]
-
-
-def evaluate_csp(
-    references: Sequence[Structure],
-    predictions: Sequence[Sequence[Structure | None]],
-    *,
-    material_ids: Sequence[str] | None = None,
-    k_values: Sequence[int] | None = None,
-    n_jobs: int = -1,
-    time_limit_s: float = 10.0,
-    seed: int = 0,
-    ltol: float = 0.3,
-    stol: float = 0.5,
-    angle_tol: float = 10.0,
-    metre: bool = True,
-    progress: bool = True,
-) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Score predicted crystals against their references.
-
-    A pair that exceeds the time limit is no match, and the sample then counts as invalid; ``n_timed_out`` counts them.
-
-    Args:
-        references: one crystal per entry.
-        predictions: for each reference its predictions, in the order that "the first k" refers to; if all carry
-            ``properties["energy"]`` (lower is better), they are also ranked by it. Their number may vary. None is a
-            missing one: it keeps its place in the order, matches nothing and is not valid.
-        material_ids: label of each row of the table, by default 0, 1, ….
-        k_values: numbers of predictions to score at, by default 1 and the largest number given.
-        n_jobs: worker processes (-1: all cores).
-        time_limit_s: limit of one comparison, s.
-        seed: of the bootstrap.
-        ltol, stol, angle_tol: tolerances of ``StructureMatcher`` (fraction, fraction, degrees).
-        metre: compare each reference with the predictions for all others of its composition too. The number of
-            comparisons grows with the square of the number of such references.
-
-    Returns:
-        ``(summary, table)``: see :func:`summarise` for the summary. The table has a row per reference: formula,
-        n_atoms, n_predictions, n_missing, rms_best, best_index (-1: no match), matched@k, same_space_group, n_invalid,
-        n_timed_out, and lists with an entry per prediction: rms (NaN: no match), strict, structure_valid, valid,
-        energy; pool_rms holds the rms of all predictions of the same composition, one list per reference of the pool.
-
-    Raises:
-        ValueError: if the inputs are empty, differ in length, or hold something else than structures.
-    """
-    references, predictions = list(references), [list(candidates) for candidates in predictions]
-    _check_input(references, predictions, material_ids)
-    k_values = check_k_values(k_values, max(map(len, predictions)))
-    pairs = _pairs(references, predictions, metre)
-    results = run_with_time_limit(
-        partial(score_pair, ltol=ltol, stol=stol, angle_tol=angle_tol),
-        [(predictions[owner][sample], references[row]) for row, owner, sample in pairs],
-        n_jobs,
-        time_limit_s,
-        "matching",
-        progress,
-    )
-    table = _tabulate(references, predictions, pairs, results, k_values)
-    table.index = pd.Index(range(len(table)) if material_ids is None else material_ids, name="material_id")
-    rows = [row for row, best in enumerate(table["best_index"]) if best >= 0]
-    best_pairs = [(predictions[row][table["best_index"].iloc[row]], references[row]) for row in rows]
-    agreement = run_with_time_limit(same_space_group, best_pairs, n_jobs, time_limit_s, "space groups", progress)
-    table["same_space_group"] = np.nan
-    table.iloc[rows, table.columns.get_loc("same_space_group")] = [float(bool(same)) for same in agreement]
-    return summarise(table, k_values, stol=stol, seed=seed), table
-
-
-def _check_input(references: list, predictions: list[list], material_ids: Sequence[str] | None) -> None:
-    if not references:
-        raise ValueError("references is empty, expected at least one structure")
-    if len(predictions) != len(references):
-        raise ValueError(f"predictions has {len(predictions)} lists, expected one per reference: {len(references)}")
-    if not any(predictions):
-        raise ValueError("predictions holds no structure, expected at least one")
-    if material_ids is not None and len(material_ids) != len(references):
-        raise ValueError(f"material_ids has {len(material_ids)} entries, expected one per reference: {len(references)}")
-    given = (candidate for candidates in predictions for candidate in candidates if candidate is not None)
-    for structure in (*references, *given):
-        if not isinstance(structure, Structure):
-            raise ValueError(f"found a {type(structure).__name__}, expected a pymatgen Structure")
-
-
-def _pairs(references: list[Structure], predictions: list[list], metre: bool) -> list[tuple[int, int, int]]:
-    """(reference, owner of the prediction, index of the prediction), own predictions first within a reference."""
-    groups = defaultdict(list)
-    for row, reference in enumerate(references):
-        groups[reference.composition.reduced_formula].append(row)
-    pairs = []
-    for row, reference in enumerate(references):
-        others = [other for other in groups[reference.composition.reduced_formula] if other != row] if metre else []
-        pairs += [(row, owner, sample) for owner in (row, *others) for sample in range(len(predictions[owner]))]
-    return pairs
-
-
-def _tabulate(
-    references: list[Structure], predictions: list[list[Structure]], pairs: list, results: list, k_values: list[int]
-) -> pd.DataFrame:
-    pools: list[dict[int, list]] = [defaultdict(list) for _ in references]
-    for (row, owner, _), result in zip(pairs, results, strict=True):
-        pools[row][owner].append(result)
-    return pd.DataFrame(
-        [
-            _row(reference, candidates, pool[row], list(pool.values()), k_values)
-            for row, (reference, candidates, pool) in enumerate(zip(references, predictions, pools, strict=True))
-        ]
-    )
-
-
-def _row(
-    reference: Structure, candidates: list[Structure], own: list, pool: list[list], k_values: list[int]
-) -> dict[str, Any]:
-    columns = np.array([(math.nan, False, False) if result is None else result for result in own]).reshape(-1, 3)
-    rms, strict, structure_valid = columns[:, 0].tolist(), *columns[:, 1:].T.astype(bool).tolist()
-    valid = [
-        ok and is_charge_neutral(candidate.formula) for ok, candidate in zip(structure_valid, candidates, strict=True)
-    ]
-    formula = reference.composition.reduced_formula
-    present = [candidate for candidate in candidates if candidate is not None]
-    best = int(np.nanargmin(rms)) if np.isfinite(rms).any() else -1
-    return {
-        "formula": formula,
-        "n_atoms": len(reference),
-        "n_predictions": len(candidates),
-        "n_missing": sum(candidate is None for candidate in candidates),
-        "rms_best": rms[best] if best >= 0 else math.nan,
-        "best_index": best,
-        **{f"matched@{k}": bool(np.isfinite(rms[:k]).any()) for k in k_values},
-        "n_invalid": len(valid) - sum(valid),
-        "n_invalid_structure": len(valid) - sum(structure_valid),
-        "n_wrong_composition": sum(candidate.composition.reduced_formula != formula for candidate in present),
-        "n_timed_out": sum(result is None for results in pool for result in results),
-        "rms": rms,
-        "strict": strict,
-        "structure_valid": structure_valid,
-        "valid": valid,
-        "energy": [math.nan if c is None else float(c.properties.get("energy", math.nan)) for c in candidates],
-        "pool_rms": [[math.nan if result is None else result[0] for result in results] for results in pool],
-    }
+    scores, rows = summarise(table), []
+    for criterion, suffix in CRITERIA.items():
+        names = [f"match_rate{suffix}{end}" for end in ("@1", "_random@1", "_lowest_energy", "")]
+        first, random, lowest, best = (scores[name] for name in names)
+        rows.append((criterion, scores["n_samples"], first, random, lowest, *scores[f"{names[2]}_interval"], best))
+    return pd.DataFrame(rows, columns=["match", "n", "first", "random", "lowest_energy", "low", "high", "best_of_n"])

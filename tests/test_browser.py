@@ -1,0 +1,157 @@
+"""A crystal turns in JupyterLab: the notebook of predictions is opened and run in a real browser, and looked at.
+
+Needs Debian's ``chromium`` and ``chromium-driver``, and ``pip install selenium``; pictures are kept in ``.browser/``.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+KEPT = ROOT / ".browser"
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-quic",
+    "--disable-sync",
+    "--no-first-run",
+    "--enable-unsafe-swiftshader",  # WebGL without a graphics card
+    "--use-angle=swiftshader",
+    "--window-size=1400,1600",
+)
+START_S, RUN_S = 60, 240  # a run stops there whatever happens
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed"),
+]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """The first true answer; errors on the way count as false."""
+    end, reason = time.monotonic() + seconds, None
+    while time.monotonic() < end:
+        try:
+            if answer := condition():
+                return answer
+        except Exception as error:
+            reason = error
+        time.sleep(0.5)
+    raise AssertionError(f"no {what} within {seconds} s ({reason})")
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[str]:
+    """Address of a JupyterLab on a copy of the notebooks, with settings and runtime of its own."""
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token, own = secrets.token_hex(16), {f"JUPYTER_{kind}_DIR": str(tmp_path / kind) for kind in ("CONFIG", "RUNTIME")}
+    own |= {"CONTSP_OUTPUT_DIR": str(tmp_path / "output"), "PYTHONPATH": str(ROOT)}
+    own |= {f"JUPYTERLAB_{kind}_DIR": str(tmp_path / kind) for kind in ("SETTINGS", "WORKSPACES")}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
+    command += [
+        "--LabApp.expose_app_in_browser=True",
+        f"--IdentityProvider.token={token}",
+        f"--ServerApp.root_dir={tmp_path / 'notebooks'}",
+    ]
+    rest = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # Lab shows figures inline
+    with (tmp_path / "lab.log").open("w") as log:
+        server = subprocess.Popen(command, env=rest | own, stdout=log, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}/{{}}?token={token}"
+    try:
+        wait_for(lambda: urllib.request.urlopen(address.format("api"), timeout=5).close() is None, START_S, "server")
+        yield address
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    """Chromium without a window."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'chromium'}"):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver.set_page_load_timeout(START_S)
+    yield driver
+    driver.quit()
+
+
+def run_notebook(browser: Any, address: str) -> None:
+    """Open a notebook, run all its cells, and wait for the last one."""
+    browser.get(address)
+    session = "const session = jupyterapp.shell.currentWidget.context.sessionContext;"
+    session += "const kernel = session.session.kernel;"
+    ready = "return session.isReady && kernel.connectionStatus == 'connected' && kernel.status == 'idle'"
+    wait_for(lambda: browser.execute_script(session + ready), START_S, "kernel")
+    time.sleep(3)  # the page starts a kernel, and may then exchange it for the one that the notebook names
+    wait_for(lambda: browser.execute_script(session + ready), START_S, "kernel")
+    run = "jupyterapp.commands.execute('notebook:run-all-cells').finally(() => {window.hasRun = true}); return null"
+    browser.execute_script(run)
+    try:
+        wait_for(lambda: browser.execute_script("return window.hasRun"), RUN_S, "end of the run")
+    finally:
+        browser.save_screenshot(str(KEPT / "page.png"))
+
+
+def picture(canvas: Any, path: Path) -> np.ndarray:
+    """Screenshot of an element, kept; (height, width, 3)."""
+    from PIL import Image
+
+    canvas.parent.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+    time.sleep(2)
+    path.write_bytes(canvas.screenshot_as_png)
+    return np.asarray(Image.open(io.BytesIO(path.read_bytes())).convert("RGB"), dtype=float)
+
+
+def test_the_predicted_crystal_is_drawn_turns_and_has_labels(lab, browser):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    KEPT.mkdir(exist_ok=True)
+    run_notebook(browser, lab.format("lab/tree/06_predict.ipynb"))
+    text = browser.find_element("css selector", ".jp-Notebook").text
+    assert "javascript error" not in text.lower()
+    assert "Traceback" not in text
+    canvas = wait_for(lambda: browser.find_element("css selector", ".jp-OutputArea canvas"), START_S, "canvas")
+    before = picture(canvas, KEPT / "before.png")
+    drawn = (before < 240).any(axis=2)
+    drawn[-20:, -20:] = False  # the handle to change the size
+    rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
+    assert 0.15 < drawn.mean() < 0.9  # a crystal that fills its box, and is not the box
+    assert max(np.ptp(rows) / before.shape[0], np.ptp(columns) / before.shape[1]) > 0.7
+    assert rows.min() > 0 and rows.max() < before.shape[0] - 1  # none of it is cut off
+    assert before[drawn].std() > 30
+    ActionChains(browser).drag_and_drop_by_offset(canvas, 120, 40).perform()
+    after = picture(canvas, KEPT / "after.png")
+    assert np.abs(after - before).mean() > 5
+    oxygen = np.argwhere((after[..., 0] > 200) & (after[..., 1:] < 60).all(axis=2))
+    row, column = oxygen[len(oxygen) // 2] - np.array(after.shape[:2]) // 2
+    ActionChains(browser).move_to_element_with_offset(canvas, int(column), int(row)).pause(1).perform()
+    wait_for(lambda: re.search(r"O \(atom \d+\)", browser.page_source), 20, "label under the mouse")
+    browser.save_screenshot(str(KEPT / "turned.png"))

@@ -1,0 +1,320 @@
+"""Candidates: each source gives what it says, one energy judges them all, and descriptions agree with handbooks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from pymatgen.core import Composition, Lattice, Structure
+
+from contsp_core import load_model
+from contsp_core.crystals import Crystals, keyed_rng
+from contsp_core.csp.candidates import (
+    SOURCES,
+    TemplateLibrary,
+    compare_with_known,
+    descend,
+    describe_structures,
+    element_distances,
+    gather_candidates,
+    known_crystals,
+    make_candidates,
+    random_structures,
+    rank_candidates,
+    rank_distinct,
+    relax,
+    standardise,
+    with_energies,
+    write_cifs,
+)
+from contsp_core.csp.metrics import score_pair
+from contsp_core.data import load_split
+from contsp_core.sampler import run_chains, sampling_config
+
+BA, SR, TI, ZR, S, NA, CL, K, BR, OXYGEN = 56, 38, 22, 40, 16, 11, 17, 19, 35, 8
+ROCK_SALT = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+BATIO3 = [BA, TI, OXYGEN, OXYGEN, OXYGEN]
+
+
+def perovskite(a_site, b_site, anion, a=4.0):
+    coords = [[0, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
+    return Structure(Lattice.cubic(a), [a_site, b_site, anion, anion, anion], coords)
+
+
+def cesium_chloride(first=NA, second=CL, a=3.5, shift=0.0):
+    return Structure(Lattice.cubic(a), [first, second], [[0, 0, 0], [0.5, 0.5, 0.5 + shift]])
+
+
+def with_energy(structure, energy):
+    copy = structure.copy()
+    copy.properties["energy"] = energy
+    return copy
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("prototypes")
+
+
+@pytest.fixture(scope="module")
+def library():
+    return TemplateLibrary(load_split("prototypes", "train"))
+
+
+@pytest.fixture
+def candidates():
+    """Rock salt in three descriptions, one slightly disturbed; CsCl-type; two atoms on top of each other."""
+    primitive = ROCK_SALT.get_primitive_structure()
+    sheared = primitive.make_supercell([[1, 1, 0], [0, 1, 0], [0, 0, 1]], in_place=False)
+    disturbed = primitive.copy()
+    disturbed.translate_sites(0, [0.02, 0, 0], frac_coords=False)
+    overlapping = Structure(Lattice.cubic(3.5), ["Na", "Cl"], [[0, 0, 0], [0.01, 0, 0]])
+    units = (disturbed, cesium_chloride(), primitive, sheared, overlapping)
+    return [with_energy(unit, energy) for unit, energy in zip(units, (0.4, -0.5, -1.0, 0.2, -9.0))]
+
+
+# Sources
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_candidate_depends_on_the_seed_its_formula_and_its_number_only(source, model, library):
+    options = {"model": model, "library": library, "n_steps": 3}
+    alone = make_candidates(source, [[TI, OXYGEN, OXYGEN]], 2, 5, **options)[0]
+    species = [[NA, CL], [OXYGEN, TI, OXYGEN]]
+    among = make_candidates(source, species, 3, 5, batch_atoms=4, **options)
+    for numbers, found in zip(species, among, strict=True):
+        assert len(found) == 3
+        for candidate in found:
+            assert sorted(candidate.atomic_numbers) == sorted(numbers)
+            assert math.isfinite(candidate.properties["energy"])
+    for one, other in zip(alone, among[1]):
+        assert one.lattice.parameters == pytest.approx(other.lattice.parameters, abs=1e-3)
+        assert one.properties["energy"] == pytest.approx(other.properties["energy"], abs=1e-3)
+    other_seed = make_candidates(source, [[TI, OXYGEN, OXYGEN]], 2, 6, **options)[0]
+    assert source == "templates" or alone[0] != other_seed[0]
+
+
+def test_the_start_is_that_of_the_chains(model):
+    """Chains run by hand from these structures, with what is left of the same generators, end where samples end."""
+    found = make_candidates("start", [[NA, CL]], 3, 4, model=model)[0]
+    chains = make_candidates("chains", [[NA, CL]], 3, 4, model=model)[0]
+    rng = [keyed_rng(4, (NA, CL), number) for number in range(3)]
+    for generator in rng:  # what a start takes: which shape, the positions, the strain
+        for shape in ((1, 1), (2, 3), (3, 3)):
+            draw = torch.randn if shape == (3, 3) else torch.rand
+            draw(shape, generator=generator, dtype=torch.float64)
+    ends = run_chains(model, Crystals.from_structures(found), sampling_config(model), rng).to_structures()
+    for by_hand, sampled in zip(ends, chains, strict=True):
+        assert by_hand.volume == pytest.approx(sampled.volume, rel=1e-3)
+
+
+def test_a_descended_start_spends_the_gradients_of_a_chain(model, monkeypatch):
+    spent = []
+    monkeypatch.setattr(
+        "contsp_core.csp.candidates.energy_and_gradient",
+        lambda energy, crystals: spent.append(1) or _zero_gradient(crystals),
+    )
+    make_candidates("start_descended", [[NA, CL]], 1, 0, model=model)
+    assert len(spent) == sampling_config(model).n_steps
+
+
+def _zero_gradient(crystals):
+    return torch.zeros(crystals.n_systems), torch.zeros_like(crystals.cell), torch.zeros_like(crystals.positions)
+
+
+def test_random_structures_have_the_expected_volume_and_no_flat_cell():
+    volumes = np.arange(101.0)
+    for structure in random_structures(BATIO3, 20, 1, volumes):
+        assert structure.volume == pytest.approx(sum(BATIO3))
+        assert sorted(structure.atomic_numbers) == sorted(BATIO3)
+        assert structure.volume >= 0.3 * np.prod(structure.lattice.abc)
+
+
+def test_too_few_templates_leave_gaps(library):
+    found = make_candidates("templates", [[NA] * 7 + [CL] * 11], 2, 0, library=library)
+    assert found == [[None, None]]
+
+
+# Templates
+
+
+def test_distances_of_elements_are_a_metric_that_knows_chemical_families():
+    distances = element_distances()
+    assert np.isfinite(distances).all()
+    assert np.allclose(distances, distances.T)
+    assert (np.diag(distances) == 0).all()
+    assert distances[CL, BR] < distances[CL, NA]
+    assert distances[BA, SR] < distances[BA, TI] < distances[BA, OXYGEN]
+
+
+def test_substitution_gives_the_target_in_the_structure_of_the_template():
+    """SrTiO3 in a training set, BaTiO3 asked for; volumes scale by the ratio of the additive ones."""
+    training = [perovskite(SR, TI, OXYGEN, 3.9), cesium_chloride(), perovskite(BA, ZR, S, 5.0)]
+    library = TemplateLibrary(training)
+    (nearest, *others) = library.substitute(BATIO3, n=10)
+    assert nearest.composition == Composition("BaTiO3")
+    assert score_pair(nearest, perovskite(BA, TI, OXYGEN)).rms == pytest.approx(0, abs=1e-6)
+    volumes = library.atomic_volumes
+    ratio = volumes[BATIO3].sum() / volumes[[SR, TI, OXYGEN, OXYGEN, OXYGEN]].sum()
+    assert nearest.volume == pytest.approx(3.9**3 * ratio)
+    assert len(others) == 3  # two templates, two ways to place Ba and Ti
+    assert all(other.composition == Composition("BaTiO3") for other in others)
+
+
+def test_a_training_crystal_of_the_same_composition_is_returned_unchanged_and_first():
+    known = perovskite(BA, TI, OXYGEN, 4.03)
+    training = [perovskite(SR, ZR, OXYGEN), perovskite(SR, TI, OXYGEN, 3.9), known]
+    assert TemplateLibrary(training).substitute(BATIO3[::-1], n=1) == [known]
+
+
+def test_all_assignments_of_elements_are_candidates_and_the_likely_one_is_first():
+    found = TemplateLibrary([cesium_chloride()]).substitute([K, BR], n=5)
+    assert [candidate[0].specie.Z for candidate in found] == [K, BR]  # K on the site of Na first
+
+
+def test_smaller_templates_are_repeated_only_if_needed():
+    training = [cesium_chloride(), Structure(Lattice.cubic(5), [NA, NA, CL, CL], np.eye(4, 3) * 0.4)]
+    found = TemplateLibrary(training).substitute([NA, NA, CL, CL], n=4)
+    assert [len(candidate) for candidate in found] == [4] * 4
+    assert score_pair(found[0], training[1]).rms == pytest.approx(0, abs=1e-6)
+    assert score_pair(found[2], training[0]).rms == pytest.approx(0, abs=1e-6)
+
+
+def test_a_new_stoichiometry_gives_no_template():
+    assert TemplateLibrary([cesium_chloride()]).substitute([NA, NA, CL], n=5) == []
+
+
+def test_ties_are_in_random_order_and_repeat():
+    library = TemplateLibrary([perovskite(SR, TI, OXYGEN, a) for a in (3.8, 3.9, 4.0, 4.1)])
+    volumes = [[s.volume for s in library.substitute(BATIO3, 3, seed)] for seed in (0, 0, 1, 2)]
+    assert volumes[0] == volumes[1]
+    assert len({tuple(v) for v in volumes}) > 1
+
+
+# The energy as a judge
+
+
+class Harmonic(torch.nn.Module):
+    """Lowest, 0, for a volume of 30 Å³ a crystal and atoms 1 Å apart (of two)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, crystals):
+        gap = crystals.positions[1::2] - crystals.positions[::2]
+        return (crystals.volume / 30).log() ** 2 + (gap.norm(dim=1) - 1) ** 2
+
+
+def test_descent_never_climbs_and_reaches_a_known_minimum(model):
+    start = [cesium_chloride(shift=shift) for shift in (0.05, 0.1, 0.15)]
+    energies = [[s.properties["energy"] for s in with_energies(model, descend(model, start, n))] for n in (1, 5, 20)]
+    for earlier, later in itertools.pairwise(energies):
+        assert np.all(np.array(later) <= np.array(earlier) + 1e-6)
+    pair = Structure(Lattice.cubic(3.5), ["Na", "Cl"], [[0.4, 0.4, 0.4], [0.6, 0.6, 0.6]])
+    (found,) = descend(Harmonic(), [pair], 200)
+    assert found.volume == pytest.approx(30, rel=1e-2)
+    assert with_energies(Harmonic(), [found])[0].properties["energy"] < 1e-4
+
+
+def test_ranking_is_by_the_energy_of_the_model(model):
+    given = [cesium_chloride(a=a) for a in (3.0, 4.0, 2.5, 3.5)]
+    ranked = rank_candidates(model, given)
+    energies = model(Crystals.from_structures(ranked)).tolist()
+    assert energies == sorted(energies)
+    assert [s.properties["energy"] for s in ranked] == pytest.approx(energies, abs=1e-5)
+    assert "energy" not in given[0].properties
+    with pytest.raises(ValueError, match=r"compositions \[\], expected exactly one"):
+        rank_candidates(model, [])
+
+
+def test_a_short_chain_stays_near_its_start_at_low_noise_only(model):
+    start = cesium_chloride()
+    moved = [relax(model, [start], [keyed_rng(0)], n_steps=5, noise=noise)[0] for noise in (0.03, 0.9)]
+    changes = [abs(structure.volume / start.volume - 1) for structure in moved]
+    assert changes[0] < 0.05
+    assert changes[0] < changes[1]
+
+
+def test_gathered_candidates_are_at_the_bottom_of_their_wells_and_say_where_they_come_from(model, library):
+    found = gather_candidates(model, "NaCl", 2, n_steps=5, library=library)
+    assert [structure.properties["source"] for structure in found] == ["chains"] * 2 + ["templates"] * 2
+    again = with_energies(model, descend(model, found, 20))
+    fall = [a.properties["energy"] - b.properties["energy"] for a, b in zip(found, again)]
+    assert np.all(np.array(fall) < 0.02)
+    (other,) = gather_candidates(model, "NaCl", 1, n_steps=5)
+    assert other.properties["energy"] == pytest.approx(found[0].properties["energy"], abs=1e-3)
+
+
+# Distinct, described, kept
+
+
+def test_each_solid_is_kept_once_with_its_lowest_energy(candidates):
+    kept, counts = rank_distinct(candidates)
+    assert [structure.properties["energy"] for structure in kept] == [-1.0, -0.5]
+    assert counts == [3, 1]
+
+
+def test_description_agrees_with_the_handbook(candidates):
+    kept, counts = rank_distinct(candidates)
+    table = describe_structures(kept, counts)
+    assert table["space group"].tolist() == ["Fm-3m (225)", "Pm-3m (221)"]
+    assert table.loc[1, ["a", "b", "c"]].tolist() == pytest.approx([5.64] * 3, abs=1e-3)
+    assert table.loc[1, ["α", "β", "γ"]].tolist() == pytest.approx([90] * 3, abs=1e-3)
+    assert table.loc[1, "density"] == pytest.approx(2.16, abs=0.01)  # halite, g/cm³
+    assert table.loc[1, "V/atom"] == pytest.approx(5.64**3 / 8)
+    assert table["found"].tolist() == [3, 1]
+
+
+def test_standard_cell_is_the_conventional_one_and_keeps_the_energy():
+    standard = standardise(with_energy(ROCK_SALT.get_primitive_structure(), 2.0))
+    assert len(standard) == 8
+    assert standard.properties["energy"] == 2.0
+
+
+def test_files_hold_the_structures_and_replace_older_ones(candidates, tmp_path):
+    write_cifs(candidates, tmp_path)
+    paths = write_cifs(candidates[1:3], tmp_path)
+    assert [path.name for path in paths] == ["01_NaCl.cif", "02_NaCl.cif"]
+    assert sorted(tmp_path.iterdir()) == paths
+    for path, structure in zip(paths, candidates[1:3]):
+        read = Structure.from_file(path)
+        assert read.composition == structure.composition
+        assert read.volume == pytest.approx(structure.volume, rel=1e-6)
+
+
+def test_known_crystals_are_found_in_their_split_and_the_closest_candidate_is_named():
+    known = known_crystals("prototypes", "Na4Cl4")
+    assert list(known) == ["rock-salt-NaCl (val)"]
+    disturbed = ROCK_SALT.get_primitive_structure()
+    disturbed.translate_sites(0, [0.3, 0, 0], frac_coords=False)
+    assert score_pair(disturbed, ROCK_SALT).rms > 0.01  # it matches as well, but less
+    table = compare_with_known([cesium_chloride(), disturbed, ROCK_SALT], known)
+    assert table["rank"].tolist() == [3]
+    assert table["rms"].iloc[0] == pytest.approx(0, abs=1e-6)
+    assert compare_with_known([cesium_chloride()], known)["rank"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: make_candidates("luck", [[NA]], 1, 0), "source is 'luck', expected one of chains, start"),
+        (lambda m: make_candidates("start", [[NA]], 1, 0), "model is None, expected one for source 'start'"),
+        (lambda m: make_candidates("random", [[NA]], 1, 0), "library is None"),
+        (lambda m: make_candidates("start", [[NA]], 0, 0, model=m), "n_samples is 0, expected ≥ 1"),
+        (lambda m: gather_candidates(m, "NaXx"), "Xx"),
+        (lambda m: gather_candidates(m, "NaCl", 0), "n_samples is 0"),
+        (lambda m: rank_distinct([]), "expected ≥ 1 structure"),
+        (lambda m: rank_distinct([ROCK_SALT]), r"properties\['energy'\]"),
+        (lambda m: TemplateLibrary([]), "training is empty"),
+        (lambda m: TemplateLibrary([ROCK_SALT]).substitute([], 1), "species has 0 atoms"),
+        (lambda m: random_structures([NA], -1, 0, np.ones(101)), "n is -1"),
+    ],
+)
+def test_wrong_input_is_named_in_one_line(call, message, model):
+    with pytest.raises(ValueError, match=message) as error:
+        call(model)
+    assert "\n" not in str(error.value)
