@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from pymatgen.core import Structure
 
 MAX_ATOMIC_NUMBER = 100
-Rng = (
-    torch.Generator | Sequence[torch.Generator]
-)  # of a whole batch, or one a crystal: then nothing depends on the batch
+Rng = torch.Generator | Sequence[torch.Generator]  # for a batch, or one a crystal: then none depends on the others
 MIN_VOLUME = 1e-6  # Å³: below this a cell is called flat, whatever its shape
 
 
@@ -51,25 +49,18 @@ class Crystals:
         n_systems, n_atoms = len(self.cell), len(self.positions)
         if n_systems == 0:
             raise ValueError("empty batch: Crystals needs at least one crystal")
-        expected = {
-            "cell": (n_systems, 3, 3),
-            "positions": (n_atoms, 3),
-            "atomic_numbers": (n_atoms,),
-            "system_idx": (n_atoms,),
-        }
-        for name, shape in expected.items():
+        shapes = (n_systems, 3, 3), (n_atoms, 3), (n_atoms,), (n_atoms,)
+        for name, shape in zip(self.__dataclass_fields__, shapes):
             tensor = getattr(self, name)
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
             if tensor.device != self.cell.device:
                 raise ValueError(f"{name} is on {tensor.device}, but cell is on {self.cell.device}")
-        for name in ("cell", "positions"):
-            tensor = getattr(self, name)
-            if tensor.dtype not in (torch.float32, torch.float64) or tensor.dtype != self.cell.dtype:
+            floats = name in ("cell", "positions")
+            if floats and (tensor.dtype not in (torch.float32, torch.float64) or tensor.dtype != self.cell.dtype):
                 raise ValueError(f"{name} is {tensor.dtype}, expected float32 or float64, the same for both")
-        for name in ("atomic_numbers", "system_idx"):
-            if getattr(self, name).dtype != torch.int64:
-                raise ValueError(f"{name} is {getattr(self, name).dtype}, expected torch.int64")
+            if not floats and tensor.dtype != torch.int64:
+                raise ValueError(f"{name} is {tensor.dtype}, expected torch.int64")
         self._check_values()
 
     def _check_values(self) -> None:
@@ -307,28 +298,15 @@ def expand_composition(
     return [number for number, count in composition.items() for _ in range(count * multiple)]
 
 
-def fit_atomic_volumes(species: Sequence[Sequence[int]], volumes: Sequence[float], ridge: float = 1.0) -> np.ndarray:
-    """Volume per atom of each element, by ridge regression of the volumes per atom on the compositions.
+def fit_atomic_volumes(crystals: Crystals, ridge: float = 1.0) -> Tensor:
+    """(101,) volume of an atom of each element, Å³, by ridge regression of volumes per atom on compositions.
 
-    Args:
-        species: atomic numbers of each crystal.
-        volumes: (n_crystals,) cell volumes, Å³.
-        ridge: strength of the pull to the mean volume per atom, in crystals; an element never seen has the mean.
-
-    Returns:
-        (101,) Å³ per atom, indexed by atomic number (entry 0: the mean), at least a tenth of the mean.
-
-    Raises:
-        ValueError: if the two arguments are empty or differ in length, or on a volume that is not positive.
+    Entry 0, and that of an element never seen, is the mean over crystals; none is below a tenth of it. ``ridge`` is the
+    strength of the pull to the mean, in crystals.
     """
-    volumes = np.asarray(volumes, dtype=float)
-    if len(species) == 0 or len(species) != len(volumes):
-        raise ValueError(f"species has {len(species)} entries and volumes {len(volumes)}, expected equally many, ≥ 1")
-    if not (np.isfinite(volumes) & (volumes > 0)).all():
-        raise ValueError(f"volumes holds {volumes.min()}, expected positive numbers in Å³")
-    fractions = np.stack([np.bincount(numbers, minlength=MAX_ATOMIC_NUMBER + 1) / len(numbers) for numbers in species])
-    per_atom = volumes / [len(numbers) for numbers in species]
+    one_hot = torch.nn.functional.one_hot(crystals.atomic_numbers, MAX_ATOMIC_NUMBER + 1).double()
+    fractions = crystals.sum_atoms(one_hot) / crystals.n_atoms[:, None]
+    per_atom = (crystals.volume / crystals.n_atoms).double()
     mean = per_atom.mean()
-    normal = fractions.T @ fractions + ridge * np.eye(MAX_ATOMIC_NUMBER + 1)
-    deviations = np.linalg.solve(normal, fractions.T @ (per_atom - mean))
-    return np.maximum(mean + deviations, 0.1 * mean)
+    normal = fractions.T @ fractions + ridge * torch.eye(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64)
+    return (mean + torch.linalg.solve(normal, fractions.T @ (per_atom - mean))).clamp(min=0.1 * mean)

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from contsp_core.crystals import MAX_ATOMIC_NUMBER, Crystals
 from contsp_core.graph import build_graph, cutoff_radius, edge_vectors
+from contsp_core.lattice import without_skew
 
 try:  # without numba the same energy is computed by the plain torch path
     from contsp_core.kernels import build_edges, edge_lengths, message_sum
@@ -178,6 +179,7 @@ class ContinuousCGCNN(nn.Module):
         """
         if sigma is None and self.noise_features is not None:
             sigma = torch.full_like(crystals.cell[:, 0, 0], self.config.noise_default)
+        crystals = without_skew(crystals)  # a skewed cell has more images to search than the memory can hold
         messages = self._messages(crystals)
         nodes = torch.tanh(self.embedding(crystals.atomic_numbers - 1))
         to_conv, to_readout = (None, 0.0) if sigma is None else self.noise_features(sigma)
@@ -230,7 +232,7 @@ class ContinuousCGCNN(nn.Module):
         # the interpolation error falls as the fourth power of spacing / s: 1e-9 for single, 1e-13 for double precision
         basis = self.distance_expansion
         inverse_spacing = (16 if distance.dtype == torch.float32 else 160) / basis.width
-        n_nodes = int(min(float(cutoff.detach().max()), basis.reach) * inverse_spacing) + 3
+        n_nodes = int(min(float(cutoff.detach().nan_to_num(0, 0).max()), basis.reach) * inverse_spacing) + 3
         grid = torch.arange(n_nodes, dtype=distance.dtype) / inverse_spacing
         values, slopes = basis(grid), basis.slope(grid) / inverse_spacing
         within = distance.clamp(max=basis.reach)  # beyond, the filter is constant

@@ -23,9 +23,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from contsp_core.crystals import MIN_VOLUME, Crystals, Rng, random_rows
+from contsp_core.crystals import Crystals, Rng, random_rows
 from contsp_core.energy import energy_and_gradient, strain_gradient
 from contsp_core.lattice import apply_strain, niggli
+
+MIN_ATOMIC_VOLUME = 1e-2  # Å³; the law is restricted to larger volumes per atom, where cells are not flat
 
 Energy = Callable[[Crystals], Tensor]
 Proposal = Literal["cartesian", "strain"]
@@ -247,7 +249,7 @@ def _old_where_flat(moved: Crystals, old: Crystals) -> tuple[Crystals, Tensor]:
     """The old crystal in place of a proposal that is none (not finite, or flat), and (n_systems,) where it is one."""
     broken = old.sum_atoms((~moved.positions.isfinite()).any(dim=1).to(old.cell.dtype)) > 0
     volume = moved.volume
-    sound = torch.isfinite(volume) & (volume > MIN_VOLUME) & ~broken
+    sound = torch.isfinite(volume) & (volume > MIN_ATOMIC_VOLUME * old.n_atoms) & ~broken
     atoms = old.to_atoms(sound)[:, None]
     cell = torch.where(sound[:, None, None], moved.cell, old.cell)
     return moved.replace(cell=cell, positions=torch.where(atoms, moved.positions, old.positions)), sound

@@ -101,11 +101,7 @@ SAMPLING = {  # chosen on validation crystals of Perov-5 and MP-20; MPTS-52 take
 
 
 def preset(dataset: str, objective: str = TrainConfig.objective) -> tuple[EnergyConfig, TrainConfig]:
-    """Settings of energy and training for a data set; ``contrastive_divergence`` is the paper's, as published.
-
-    Raises:
-        ValueError: on an unknown data set or objective.
-    """
+    """Settings of energy and training for a data set; ``contrastive_divergence`` is the paper's, as published."""
     if dataset not in DATASETS:
         raise ValueError(f"dataset is {dataset!r}, expected one of {', '.join(DATASETS)}")
     if objective == "contrastive_divergence":
@@ -173,16 +169,13 @@ def _sample(
     }
 
 
-def initial_model(
-    crystals: Crystals, energy: EnergyConfig, seed: int, sampling: AnnealConfig | DiffusionConfig | None = None
-) -> ContinuousCGCNN:
+def initial_model(crystals: Crystals, energy: EnergyConfig, seed: int, sampling: Any = None) -> ContinuousCGCNN:
     """A model with random weights; with noise levels, also the atomic volumes and cell shapes of training crystals."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ContinuousCGCNN(energy, sampling)
     if energy.noise_max is not None:
-        volumes = fit_atomic_volumes(crystals.species, crystals.volume.double().cpu().numpy())
-        model.atomic_volume.copy_(torch.as_tensor(volumes))
+        model.atomic_volume.copy_(fit_atomic_volumes(crystals))
         chosen = torch.randint(len(crystals), (energy.n_start_cells,), generator=torch.Generator().manual_seed(seed))
         cells = niggli_reduce(crystals.cell)[0]
         model.start_cells.copy_((cells / crystals.volume[:, None, None] ** (1 / 3))[chosen])
@@ -193,7 +186,9 @@ def initial_model(
 class TrainState:
     """All that training has made so far; :meth:`save` and :meth:`load` keep every bit of it."""
 
-    def __init__(self, model: ContinuousCGCNN, config: TrainConfig) -> None:
+    def __init__(self, model: ContinuousCGCNN, config: TrainConfig, data: dict[str, Any] | None = None) -> None:
+        made_by = asdict(config) | {"n_updates": None, "time_limit_s": None}  # a resumed run may be longer
+        self.settings = json.loads(json.dumps((data or {}) | asdict(model.config) | made_by))
         self.model = model.requires_grad_(True).train()
         self.averaged = copy.deepcopy(model).requires_grad_(False).eval()
         self.optimiser = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay)
@@ -202,10 +197,9 @@ class TrainState:
         self.elapsed_s = 0.0
         self.n_retries = 0  # it enters the random numbers: the same ones would lead to the same failure
         self.log_bytes = 0
-        self.last_row: Row = {}
         self.stopped_by: int | None = None  # the signal that ended the run early
 
-    def save(self, path: Path, settings: dict[str, Any]) -> None:
+    def save(self, path: Path) -> None:
         """Write everything to one file, whole or not at all."""
         groups = {"model": self.model.state_dict(), "averaged": self.averaged.state_dict()}
         groups |= {str(index): entry for index, entry in self.optimiser.state_dict()["state"].items()}
@@ -213,14 +207,14 @@ class TrainState:
             crystals, updates = zip(*self.buffer.values())
             groups["buffer"] = vars(Crystals.cat(crystals)) | {"update": torch.tensor(updates)}
         tensors = {f"{group}/{name}": tensor for group, entry in groups.items() for name, tensor in entry.items()}
-        progress = {name: getattr(self, name) for name in ("update", "elapsed_s", "n_retries", "log_bytes", "last_row")}
-        write_tensors(path, tensors, {"settings": json.dumps(settings), "progress": json.dumps(progress)})
+        progress = {name: getattr(self, name) for name in ("update", "elapsed_s", "n_retries", "log_bytes")}
+        write_tensors(path, tensors, {"settings": json.dumps(self.settings), "progress": json.dumps(progress)})
 
-    def load(self, path: Path, settings: dict[str, Any]) -> None:
+    def load(self, path: Path) -> None:
         """Go on where a saved state stopped; a ValueError tells of damage, or of a run with other settings."""
         tensors, metadata = read_tensors(path)
         saved = json.loads(metadata.get("settings", "{}"))
-        for name, value in json.loads(json.dumps(settings)).items():
+        for name, value in self.settings.items():
             if saved.get(name) != value:
                 raise ValueError(f"{path} was saved with {name} = {saved.get(name)}, expected {value} to go on from it")
         groups: dict[str, dict[str, Tensor]] = {}
@@ -348,10 +342,8 @@ class Job:
         for path in existing:
             if not path.is_file():
                 raise ValueError(f"output needs {str(path)!r}, which is no regular file; choose another name")
-        if self.log in existing:
-            with self.log.open("rb") as log:
-                if log.read(16) not in (b"", b"update,elapsed_s"):
-                    raise ValueError(f"output would overwrite {str(self.log)!r}, which is no training log")
+        if self.log in existing and self.log.read_bytes()[:16] not in (b"", b"update,elapsed_s"):
+            raise ValueError(f"output would overwrite {str(self.log)!r}, which is no training log")
         existing = [path for path in existing if path.stat().st_size]
         if existing and not (self.resume or self.overwrite):
             raise ValueError(f"output {str(existing[0])!r} exists; resume goes on from it, overwrite begins anew")
@@ -362,14 +354,9 @@ class Job:
 def run(job: Job, on_row: Callable[[Row], None] | None = None) -> TrainState:
     """Train; write checkpoint, log and state every few minutes, at the end, and on SIGINT or SIGTERM.
 
-    Args:
-        job: everything.
-        on_row: called with every row of the log.
-
-    Raises:
-        ValueError: before any work, on settings or files that do not fit.
-        FloatingPointError: after three returns to one saved state because of a loss that is not finite.
-        OSError: if a save fails; the last saved state is then intact.
+    ``on_row`` is called with every row of the log. A ValueError tells before any work of settings or files that do not
+    fit; a FloatingPointError of a loss that stays non-finite after three returns to a saved state; an OSError of a save
+    that failed. What was saved before remains.
     """
     job.check()
     split = load_split(job.dataset, "train")
@@ -377,37 +364,36 @@ def run(job: Job, on_row: Callable[[Row], None] | None = None) -> TrainState:
     if job.n_structures is not None:
         crystals = crystals[choose(range(len(crystals)), job.n_structures, job.config.seed)]
     model, config, (rank, n_ranks) = _starting_model(job, crystals).to(job.device), job.config, _rank()
-    settings = {
+    data = {
         "dataset": job.dataset,
         "data": {"path": Path(split.source.path).name, "blob_id": split.source.blob_id},
         "n_structures": len(crystals),
         "initial": None if job.initial is None else Path(job.initial).name,
-        "energy": asdict(model.config),
-        "training": asdict(config) | {"n_updates": None, "time_limit_s": None},  # a resumed run may be longer
     }
-    state, rows, saved = TrainState(model, config), [], -math.inf
+    state, rows = TrainState(model, config, data), []
     with _open_log(job) if rank == 0 else contextlib.nullcontext() as log, _signals(state):
         if job.resume and job.state.is_file():
-            state.load(job.state, settings)
+            state.load(job.state)
         if n_ranks > 1:
             distributed.barrier()  # all have read the state before it is written
         started = time.monotonic() - state.elapsed_s
-        while True:
-            progress = _progress(state, config, started)
-            if progress >= 1 or time.monotonic() - saved > job.save_every_s:
-                _save(job, state, settings, rows, log)
-                saved, rows = time.monotonic(), []
-            if progress >= 1:
-                return state
+        _save(job, state, data, rows, log)
+        saved = time.monotonic()
+        while (progress := _progress(state, config, started)) < 1:
             row = {"update": state.update, "elapsed_s": round(state.elapsed_s, 3)}
             row |= train_step(state, crystals, config, progress)
             if state.update == row["update"]:
-                _return_to_saved_state(job, state, settings, row)
+                _return_to_saved_state(job, state, row)
                 rows = []
                 continue
             rows.append(row)
             if on_row is not None and rank == 0:
                 on_row(row)
+            if time.monotonic() - saved > job.save_every_s:
+                _save(job, state, data, rows, log)
+                rows, saved = [], time.monotonic()
+        _save(job, state, data, rows, log)
+    return state
 
 
 def _starting_model(job: Job, crystals: Crystals) -> ContinuousCGCNN:
@@ -431,9 +417,9 @@ def _progress(state: TrainState, config: TrainConfig, started: float) -> float:
     return max(state.update / (config.n_updates or math.inf), state.elapsed_s / (config.time_limit_s or math.inf))
 
 
-def _return_to_saved_state(job: Job, state: TrainState, settings: dict[str, Any], row: Row) -> None:
+def _return_to_saved_state(job: Job, state: TrainState, row: Row) -> None:
     n_retries, elapsed_s = state.n_retries + 1, state.elapsed_s
-    state.load(job.state, settings)
+    state.load(job.state)
     if n_retries - state.n_retries > MAX_RETRIES:
         raise FloatingPointError(
             f"update {row['update']}: loss {row['loss']}, gradient norm {row['gradient_norm']}; going back "
@@ -459,22 +445,24 @@ def _open_log(job: Job) -> Iterator[IO[bytes]]:
         for path in job.output.parent.glob(".*.tmp"):  # left by a run that was killed while it wrote
             if path.name.startswith((f".{job.output.name}-", f".{job.state.name}-")):
                 path.unlink()
-        if not job.resume:
-            job.state.unlink(missing_ok=True)
         yield log
 
 
-def _save(job: Job, state: TrainState, settings: dict[str, Any], rows: list[Row], log: IO[bytes] | None) -> None:
+def _save(job: Job, state: TrainState, data: dict[str, Any], rows: list[Row], log: IO[bytes] | None) -> None:
     """Log, then state, then checkpoint: a state knows the length of its log, which is cut back to it on resuming."""
     if log is None:  # another process saves
         return
     lines = [",".join(map(str, row.values())) for row in rows]
-    if rows:
-        state.last_row = rows[-1]
-        lines = lines if state.log_bytes else [",".join(rows[0]), *lines]
+    if rows and not state.log_bytes:
+        lines = [",".join(rows[0]), *lines]
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {job.device}"
-    done = {"n_updates": state.update, "elapsed_s": round(state.elapsed_s, 1), "n_retries": state.n_retries}
-    made = settings | {"training": asdict(job.config), "machine": machine, "last_row": state.last_row} | done
+    made = {
+        "training": asdict(job.config),
+        "machine": machine,
+        "n_updates": state.update,
+        "elapsed_s": round(state.elapsed_s, 1),
+        "n_retries": state.n_retries,
+    }
     try:
         if os.fstat(log.fileno()).st_size < state.log_bytes:
             raise ValueError(f"log {str(job.log)!r} is shorter than when {str(job.state)!r} was saved")
@@ -483,8 +471,8 @@ def _save(job: Job, state: TrainState, settings: dict[str, Any], rows: list[Row]
         log.flush()
         os.fsync(log.fileno())
         state.log_bytes = os.fstat(log.fileno()).st_size
-        state.save(job.state, settings)
-        save_checkpoint(job.output, state.averaged, made)
+        state.save(job.state)
+        save_checkpoint(job.output, state.averaged, data | made)
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"{job.output} cannot be saved: {reason}; what was saved before is intact") from error
@@ -519,12 +507,13 @@ def main(arguments: Sequence[str]) -> None:
         output = options.output or Path("runs") / f"{options.dataset}.safetensors"
         chosen = {name: getattr(options, name) for name in ("n_structures", "initial", "device", "resume", "overwrite")}
         if "LOCAL_RANK" in os.environ:  # started by torchrun
-            is_cuda = options.device == "cuda"
-            chosen |= {"device": f"cuda:{os.environ['LOCAL_RANK']}"} if is_cuda else {}
+            is_cuda = options.device == "cuda" and torch.cuda.is_available()
+            if is_cuda:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             distributed.init_process_group("nccl" if is_cuda else "gloo")
         state = run(Job(options.dataset, output, energy, config, **chosen), _print_row)
     except (ValueError, FloatingPointError, OSError) as error:
-        raise SystemExit(f"error: {' '.join(str(error).split())}") from None
+        raise SystemExit(f"error: {' '.join(str(error).split())}" if _rank()[0] == 0 else 1) from None
     finally:
         if _rank()[1] > 1:
             distributed.destroy_process_group()

@@ -305,7 +305,7 @@ def test_a_failed_download_says_where_to_put_the_file_in_one_line_and_without_a_
     assert "HTTP Error 404" in str(caught.value)
     assert "$CONTSP_DATA_DIR/mp20/val.csv" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert caught.value.__suppress_context__
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
 
 
 def test_urls_name_the_pinned_revision() -> None:

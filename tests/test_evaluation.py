@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import results
 import torch
 from pymatgen.core import Lattice, Structure
+from results import overview_table, results_table, to_markdown
 
 from contsp_core.checkpoints import save_checkpoint
 from contsp_core.csp import evaluation
@@ -22,10 +24,7 @@ from contsp_core.csp.evaluation import (
     evaluate_checkpoint,
     evaluate_cifs,
     fill_folder,
-    overview_table,
     read_samples,
-    results_table,
-    to_markdown,
     write_samples,
 )
 from contsp_core.csp.metrics import evaluate_csp
@@ -328,7 +327,7 @@ def test_the_command_prints_each_method_in_one_row(tmp_path, capsys):
     files = [tmp_path / "a.csv", tmp_path / "b.csv"]
     for path, dataset in zip(files, ("perov5", "mp20")):
         results_table([summary(dataset)]).to_csv(path, index=False)
-    evaluation.main([str(path) for path in files])
+    results.main([str(path) for path in files])
     lines = capsys.readouterr().out.splitlines()
     end = " | strict / good | RMSE |"
     assert lines[0].startswith(f"| data set | method | filter | k = 1 (%){end} k = 20 (%){end} lowest energy of 20 (%)")
@@ -336,15 +335,15 @@ def test_the_command_prints_each_method_in_one_row(tmp_path, capsys):
     assert lines[2] == f"| perov5 | ours | none | {cells} | {cells} | {cells} |"
     assert "| perov5 | DiffCSP | valid samples | 52.02 |  | 0.0760 | 98.60 |  | 0.0128 |  |  |  |" in lines
     with pytest.raises(SystemExit):
-        evaluation.main([str(tmp_path / "absent.csv")])
+        results.main([str(tmp_path / "absent.csv")])
     assert "is no file" in capsys.readouterr().err
 
 
 def test_the_module_is_a_command():
-    command = [sys.executable, "-m", "contsp_core.csp.evaluation"]
+    command = [sys.executable, str(Path(__file__).parent.parent / "notebooks" / "results.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "usage: python -m contsp_core.csp.evaluation" in done.stderr
+    assert "usage: python notebooks/results.py" in done.stderr
 
 
 def test_two_rows_of_one_name_are_not_mixed_up():

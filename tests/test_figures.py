@@ -7,6 +7,7 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import plots
 import pytest
 from pymatgen.core import Lattice, Structure
 
@@ -125,16 +126,16 @@ def test_grid_of_crystals_draws_each_one():
 
 def test_training_curves_draw_the_quantities_that_are_there():
     history = pd.DataFrame({"update": [0, 1], "energy_real": [1, 0], "energy_sample": [1, 0.5], "loss": [0, -0.5]})
-    figure = figures.training_curves(history)
+    figure = plots.training_curves(history)
     drawn = [ax for ax in figure.axes if ax.lines]
     assert len(drawn) == 2
     np.testing.assert_array_equal(drawn[1].lines[-1].get_ydata(), history["loss"])
     with pytest.raises(ValueError, match="expected any of"):
-        figures.training_curves(pd.DataFrame({"x": [1]}))
+        plots.training_curves(pd.DataFrame({"x": [1]}))
 
 
 def test_displacement_figure_has_one_row_for_each_dataset():
-    figure = figures.displacement_energy(displacement_table())
+    figure = plots.displacement_energy(displacement_table())
     titles = [ax.get_title() for ax in figure.axes if ax.collections]
     assert titles == ["BaTiO3", "SrTiO3", "NaCl"]
     assert figure.axes[0].get_gridspec().get_geometry() == (2, 2)
@@ -142,35 +143,35 @@ def test_displacement_figure_has_one_row_for_each_dataset():
 
 def test_match_rate_is_drawn_in_percent_with_its_interval():
     curve = pd.DataFrame({"k": [1, 2], "match_rate": [0.2, 0.4], "low": [0.1, 0.3], "high": [0.3, 0.5]})
-    ax = figures.match_rate_figure(curve).axes[0]
+    ax = plots.match_rate_figure(curve).axes[0]
     np.testing.assert_allclose(ax.lines[0].get_ydata(), [20, 40])
     assert len(ax.collections) == 1
 
 
 def test_rmse_histogram_counts_each_matched_crystal_once():
-    ax = figures.rmse_histogram(pd.DataFrame({"rms_best": [0.1, 0.2, np.nan, 0.7]})).axes[0]
+    ax = plots.rmse_histogram(pd.DataFrame({"rms_best": [0.1, 0.2, np.nan, 0.7]})).axes[0]
     assert sum(patch.get_height() for patch in ax.patches) == 3
     assert ax.get_title() == "3 of 4 matched"
-    assert figures.rmse_histogram(pd.DataFrame({"rms_best": [np.nan]})).axes[0].get_title() == "0 of 1 matched"
+    assert plots.rmse_histogram(pd.DataFrame({"rms_best": [np.nan]})).axes[0].get_title() == "0 of 1 matched"
 
 
 def test_energy_comparison_separates_matches():
-    ax = figures.energy_comparison([0, 1, 2], [0.5, 1, 1], matched=[True, False, True]).axes[0]
+    ax = plots.energy_comparison([0, 1, 2], [0.5, 1, 1], matched=[True, False, True]).axes[0]
     assert {part.get_label(): len(part.get_offsets()) for part in ax.collections} == {"match": 2, "no match": 1}
     with pytest.raises(ValueError, match="sample_energy has shape"):
-        figures.energy_comparison([0, 1], [0])
+        plots.energy_comparison([0, 1], [0])
 
 
 def test_continuity_is_drawn_on_log_axes_without_zeros():
     profile = pd.DataFrame({"delta": [1e-3, -1e-2, 1e-4], "change": [3e-3, 3e-2, 0.0]})
-    ax = figures.continuity_figure({"energy": profile}).axes[0]
+    ax = plots.continuity_figure({"energy": profile}).axes[0]
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
     np.testing.assert_allclose(ax.lines[0].get_xdata(), [1e-3, 1e-2])
 
 
 def test_energy_profile_does_not_join_the_two_sides_of_a_jump():
     profile = pd.DataFrame({"delta": [-0.2, -0.1, 0.1, 0.2], "energy": [0.0, 0.0, 1.0, 1.0]})
-    figure = figures.energy_profile({"CGCNN": profile, "continuous": profile})
+    figure = plots.energy_profile({"CGCNN": profile, "continuous": profile})
     assert [ax.get_title() for ax in figure.axes] == ["CGCNN", "continuous"]
     below, above = figure.axes[0].lines[:2]
     assert max(below.get_xdata()) < 0 < min(above.get_xdata())
@@ -178,23 +179,23 @@ def test_energy_profile_does_not_join_the_two_sides_of_a_jump():
 
 def test_missing_columns_are_named():
     with pytest.raises(ValueError, match=r"expected also \['match_rate'\]"):
-        figures.match_rate_figure(pd.DataFrame({"k": [1]}))
+        plots.match_rate_figure(pd.DataFrame({"k": [1]}))
     with pytest.raises(ValueError, match="table is empty"):
-        figures.rmse_histogram(pd.DataFrame({"rms_best": []}))
+        plots.rmse_histogram(pd.DataFrame({"rms_best": []}))
 
 
 def test_saved_figure_has_its_parameters_beside_it_and_the_same_bytes_twice(tmp_path):
     parameters = {"dataset": "prototypes", "seed": 0}
     table = pd.DataFrame({"rms_best": [0.1, 0.2]})
-    paths = [figures.save_figure(figures.rmse_histogram(table), tmp_path / n / "a.png", parameters) for n in "xy"]
+    paths = [figures.save_figure(plots.rmse_histogram(table), tmp_path / n / "a.png", parameters) for n in "xy"]
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert json.loads(paths[0].with_suffix(".json").read_text()) == parameters
     with pytest.raises(ValueError, match=r"ends in \.png"):
-        figures.save_figure(figures.rmse_histogram(table), tmp_path / "a.pdf", parameters)
+        figures.save_figure(plots.rmse_histogram(table), tmp_path / "a.pdf", parameters)
 
 
 def test_drawing_leaves_no_open_figure_and_no_changed_setting():
     before = dict(plt.rcParams)
-    figures.rmse_histogram(pd.DataFrame({"rms_best": [0.1]}))
+    plots.rmse_histogram(pd.DataFrame({"rms_best": [0.1]}))
     assert plt.get_fignums() == []
     assert dict(plt.rcParams) == before

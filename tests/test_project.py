@@ -69,11 +69,10 @@ import sys
 import pandas
 import contsp_core
 from contsp_core import load_model
-from contsp_core.csp.evaluation import PUBLISHED
 from contsp_core.data import DATA_DIR, load_split
 assert contsp_core.__file__.startswith(sys.argv[1]), contsp_core.__file__
 assert str(DATA_DIR).startswith(sys.argv[1]), DATA_DIR
-assert len(pandas.read_csv(PUBLISHED)) > 0
+assert len(pandas.read_csv(DATA_DIR / "published.csv")) > 0
 crystals = load_split("prototypes", "test").crystals[:3]
 print(load_model("prototypes").double()(crystals).tolist())
 """

@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import csv
 import errno
-import errno
 import math
 import os
 import random
-import resource
 import resource
 import signal
 import subprocess
@@ -394,7 +392,7 @@ def test_a_run_leaves_a_checkpoint_with_its_settings_and_a_log(tmp_path, objecti
     assert [float(row["loss"]) for row in log_of(job)] == [row["loss"] for row in shown]
     made = read_settings(job.output)
     assert made["dataset"] == "prototypes" and made["n_structures"] == 6 and made["n_updates"] == 6
-    assert made["training"] == asdict(job.config) and made["last_row"] == shown[-1] and made["n_retries"] == 0
+    assert made["training"] == asdict(job.config) and made["n_retries"] == 0
     assert load_model(job.output).config == job.energy
     assert all(map(torch.equal, load_model(job.output).parameters(), state.averaged.parameters()))
     assert {file.name for file in job.output.parent.iterdir()} == {"tiny.safetensors", "tiny.csv", "tiny.state"}
@@ -450,44 +448,42 @@ def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path):
     run(job)
     assert run(replace(job, config=replace(job.config, n_updates=4), resume=True)).update == 4
     assert [row["update"] for row in log_of(job)] == ["0", "1", "2", "3"]
-    for changes, name in (({"learning_rate": 1.0}, "training"), ({"n_structures": 5}, "n_structures")):
+    for changes, name in (({"learning_rate": 1.0}, "learning_rate"), ({"n_structures": 5}, "n_structures")):
         with pytest.raises(ValueError, match=f"was saved with {name} = "):
             run(tiny_job(job.output, resume=True, **changes))
 
 
 def kill_and_resume(folder: str, n_kills: int) -> None:
-    """Kill a training again and again, and compare its end with that of one left alone; prints how often it ended.
+    """Kill a training so many times, resume it, and compare its end with that of one left alone.
 
-    Writes are slowed down, so that they are hit, and happen after every update. Run in a process of its own, which
-    has loaded everything, so that its children start at once.
+    Writes are slowed down, so that they are hit, and happen after every update; a training that ends in between is
+    compared, and starts again. To be called in a process that has loaded everything: its children start at once.
     """
-    straight, rng, n_ends = tiny_job(Path(folder) / "straight.safetensors", n_updates=30), random.Random(0), 0
-    job = tiny_job(Path(folder) / "killed.safetensors", n_updates=30, resume=True, save_every_s=1e-9)
+    straight, rng = tiny_job(Path(folder) / "straight.safetensors", n_updates=30), random.Random(0)
+    job = replace(straight, output=Path(folder) / "killed.safetensors", resume=True, save_every_s=1e-9)
     split = load_split("prototypes", "train")
     training.load_split = lambda *_: split
     run(straight)
-    while n_kills > 0 or n_ends == 0:
+    while n_kills:
         child = os.fork()
         if not child:
             checkpoints.write_whole = write_slowly
             run(job)
             os._exit(0)
-        time.sleep(rng.uniform(0.0, 0.4) if n_kills > 0 else 0.0)
-        if n_kills > 0 and os.waitpid(child, os.WNOHANG) == (0, 0):
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            n_kills -= 1
-        elif n_kills == 0:
-            assert os.waitpid(child, 0)[1] == 0
+        time.sleep(rng.uniform(0.0, 0.4))
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        assert status in (0, signal.SIGKILL)
+        n_kills -= status == signal.SIGKILL
+        if job.state.is_file():
+            read_tensors(job.state)
         if job.output.is_file():
             load_model(job.output)
-        if job.state.is_file() and read_tensors(job.state) and log_of(job)[29:]:
-            run(job)
+        if status == 0:
             assert_same_result(job, straight)
-            n_ends += 1
-            for path in (job.output, job.log, job.state):
-                path.unlink()
-    print(n_ends)
+            job.state.unlink(), job.log.unlink(), job.output.unlink()
+    run(job)
+    assert_same_result(job, straight)
 
 
 def write_slowly(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -508,17 +504,11 @@ class SlowFile:
             time.sleep(2e-4)
 
 
-def in_a_process(call: str) -> str:
-    """What a function of this module prints, called in a fresh process with one thread."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-c", f"import test_training; test_training.{call}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_a_training_killed_at_thirty_moments_ends_as_if_left_alone(tmp_path):
-    assert int(in_a_process(f"kill_and_resume({str(tmp_path)!r}, 30)")) >= 1
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    command = f"import test_training; test_training.kill_and_resume({str(tmp_path)!r}, 30)"
+    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     assert not list(tmp_path.glob(".*"))  # nor do half-written files stay
 
 
@@ -546,7 +536,7 @@ def test_a_full_disk_is_told_and_what_was_saved_before_is_intact(tmp_path):
 @pytest.mark.parametrize("n_calls", range(4))
 def test_a_disk_that_fails_at_any_call_loses_nothing(tmp_path, monkeypatch, n_calls):
     """Each save asks the disk five times: for the log, and for state and checkpoint with their folder."""
-    job = tiny_job(tmp_path / "full.safetensors")
+    job = tiny_job(tmp_path / "full.safetensors", final_learning_rate=1.0)
     run(replace(job, config=replace(job.config, n_updates=3)))
     fsync, calls = os.fsync, []
 
@@ -562,7 +552,7 @@ def test_a_disk_that_fails_at_any_call_loses_nothing(tmp_path, monkeypatch, n_ca
             run(replace(job, resume=True))
     assert load_model(job.output) and read_tensors(job.state)
     run(replace(job, resume=True))
-    run(straight := tiny_job(tmp_path / "straight.safetensors"))
+    run(straight := replace(job, output=tmp_path / "straight.safetensors"))
     assert_same_result(job, straight)
 
 
@@ -751,7 +741,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
         expected_rows, state = updates_of(*case)
         assert rows == other_rows and buffer == other_buffer == sorted(state.buffer), case
         for row, expected in zip(rows, expected_rows, strict=True):
-            assert row == pytest.approx(expected, rel=1e-9, abs=1e-12), case
+            assert row == pytest.approx(expected, rel=1e-7, abs=1e-9), case
         for name, tensor in state.averaged.state_dict().items():
             assert torch.equal(weights[name], other_weights[name]), (case, name)
             torch.testing.assert_close(weights[name], tensor, rtol=1e-8, atol=1e-9, msg=f"{case} {name}")
@@ -770,5 +760,8 @@ def test_torchrun_trains_as_one_process_does(tmp_path):
         assert {name: float(x) for name, x in row.items()} == pytest.approx(
             {n: float(x) for n, x in expected.items()}, rel=1e-3
         )
-    for found, expected in zip(load_model(two.output).parameters(), load_model(one.output).parameters()):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    first = initial_model(prototypes(5), preset("prototypes")[0], 0)
+    for found, expected, start in zip(
+        load_model(two.output).parameters(), load_model(one.output).parameters(), first.parameters()
+    ):
+        assert (found - expected).norm() <= 0.05 * (expected - start).norm() + 1e-12

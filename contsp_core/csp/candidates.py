@@ -1,7 +1,7 @@
 """Which crystals could a formula have? Candidates from several sources, ranked by one energy and described.
 
-Sources: chains, their starts alone, random structures, known crystals with their elements exchanged; each as made, or
-followed down the energy. A candidate depends on the seed, its formula and its own number only.
+Sources: chains, their starts alone, known crystals with their elements exchanged; each as made, or followed down the
+energy. A candidate depends on the seed, its formula and its own number only.
 """
 
 from __future__ import annotations
@@ -11,18 +11,16 @@ import math
 import os
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from pymatgen.core import Element, Lattice, Structure
+from pymatgen.core import Element, Structure
 from pymatgen.core.structure_matcher import StructureMatcher
-from pymatgen.io.cif import CifWriter
 from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
 
 from contsp_core.crystals import (
@@ -32,10 +30,9 @@ from contsp_core.crystals import (
     fit_atomic_volumes,
     keyed_rng,
     pack,
-    reduce_species,
 )
-from contsp_core.csp.metrics import is_valid_structure, run_with_time_limit, score_pair
-from contsp_core.data import SPLITS, load_split, parse_formula
+from contsp_core.csp.metrics import is_valid_structure, run_with_time_limit
+from contsp_core.data import parse_formula
 from contsp_core.diffusion import DiffusionConfig, reverse_diffusion
 from contsp_core.energy import ContinuousCGCNN, energy_and_gradient, strain_gradient
 from contsp_core.lattice import apply_strain, niggli
@@ -45,14 +42,13 @@ from contsp_core.sampler import bytes_per_atom, sample_structures, sampling_conf
 if TYPE_CHECKING:
     from torch import Tensor
 
-SOURCES = ("chains", "start", "start_descended", "random", "random_descended", "templates", "templates_relaxed")
+SOURCES = ("chains", "start", "start_descended", "templates", "templates_relaxed")
 WITHOUT_LIBRARY = ("chains", "start", "start_descended")
-WITHOUT_MODEL = ("random", "templates")
+WITHOUT_MODEL = ("templates",)
 N_STEPS = {"templates_relaxed": 20}  # energy gradients a candidate; what descends takes as many as a chain
 N_DESCENT = 60  # gradients from the end of a chain to the bottom of its well
 BATCH_ATOMS = 8192  # that move together
 LARGEST_MOVE = 0.3  # Å, of all atoms together in one step of descent; or a strain of 0.1
-MIN_SHAPE = 0.3  # smallest volume / (a·b·c) of a random cell; a cube has 1
 MAX_ASSIGNMENTS = 5040  # 7!: with more elements of equal count, only so many ways to assign them are tried
 
 
@@ -70,14 +66,13 @@ def make_candidates(
     """Candidates for some compositions.
 
     Args:
-        source: ``chains`` (the model's sampler); ``start`` (where these chains begin); ``random``
-            (:func:`random_structures`); ``templates`` (nearest first); ``start_descended`` and ``random_descended``
-            (:func:`descend`); ``templates_relaxed`` (:func:`relax`).
+        source: ``chains`` (the model's sampler); ``start`` (where these chains begin); ``start_descended``
+            (:func:`descend`); ``templates`` (nearest first); ``templates_relaxed`` (:func:`relax`).
         species: atomic numbers of each crystal.
         n_samples: for each.
         seed: of all that is random.
-        model: needed by all but ``random`` and ``templates``; if given, candidates carry its energy.
-        library: training crystals; needed by ``random…`` and ``templates…``.
+        model: needed by all but ``templates``; if given, candidates carry its energy.
+        library: training crystals; needed by ``templates…``.
         n_steps: energy gradients a candidate; by default 20 for templates, else those of the model's own chains.
         batch_atoms: atoms of chains that run together.
 
@@ -94,8 +89,6 @@ def make_candidates(
     species = [sorted(numbers) for numbers in species]
     if source.startswith("start"):
         found = [start_structures(model, numbers, n_samples, seed) for numbers in species]
-    elif source.startswith("random"):
-        found = [random_structures(numbers, n_samples, seed, library.atomic_volumes) for numbers in species]
     else:
         found = [library.substitute(numbers, n_samples, seed) for numbers in species]
     flat = [structure for structures in found for structure in structures]
@@ -126,34 +119,6 @@ def start_structures(model: ContinuousCGCNN, species: Sequence[int], n: int, see
     return start_crystals(model, [species] * n, rng).to_structures()
 
 
-def random_structures(species: Sequence[int], n: int, seed: int, atomic_volumes: np.ndarray) -> list[Structure]:
-    """Atoms anywhere, in cells of random shape and the expected volume.
-
-    Cell entries are Gaussian, drawn again while the volume is below 0.3 of a·b·c, then scaled.
-
-    Args:
-        species: atomic numbers of one crystal.
-        n: number of structures.
-        seed: together with the formula and a structure's number it fixes that structure.
-        atomic_volumes: (101,) of :func:`fit_atomic_volumes`, Å³.
-    """
-    _check_species(species, n)
-    species, structures = sorted(species), []
-    for number in range(n):
-        rng, cell = keyed_rng(seed, tuple(species), number), np.zeros((3, 3))
-        while abs(np.linalg.det(cell)) <= MIN_SHAPE * np.prod(np.linalg.norm(cell, axis=1)):
-            cell = torch.randn(3, 3, generator=rng, dtype=torch.float64).numpy()
-        lattice = Lattice(cell).scale(float(atomic_volumes[species].sum()))
-        frac_coords = torch.rand(len(species), 3, generator=rng, dtype=torch.float64).numpy()
-        structures.append(Structure(lattice, species, frac_coords))
-    return structures
-
-
-def _check_species(species: Sequence[int], n: int) -> None:
-    if len(species) == 0 or n < 0:
-        raise ValueError(f"species has {len(species)} atoms and n is {n}, expected ≥ 1 and ≥ 0")
-
-
 class TemplateLibrary:
     """Training crystals sorted by stoichiometry, ready for the exchange of elements.
 
@@ -168,10 +133,10 @@ class TemplateLibrary:
         self.structures = list(getattr(training, "structures", training))
         if not self.structures:
             raise ValueError("training is empty, expected at least one crystal")
-        species = [list(structure.atomic_numbers) for structure in self.structures]
-        self.atomic_volumes = fit_atomic_volumes(species, [structure.volume for structure in self.structures])
+        crystals = Crystals.from_structures(self.structures, torch.float64)
+        self.atomic_volumes = fit_atomic_volumes(crystals).numpy()
         groups: dict[tuple, list[tuple[int, list[int]]]] = defaultdict(list)
-        for index, numbers in enumerate(species):
+        for index, numbers in enumerate(crystals.species):
             elements, pattern = _pattern(numbers)
             groups[len(numbers), pattern].append((index, elements))
         # (number of atoms, reduced counts) -> crystals of that stoichiometry, and their elements in order of the counts
@@ -194,7 +159,6 @@ class TemplateLibrary:
         Returns:
             at most n structures, the nearest first.
         """
-        _check_species(species, n)
         elements, pattern = _pattern(species)
         rng = keyed_rng(seed, tuple(sorted(species)))
         assigned = np.array([[elements[i] for i in order] for order in _assignments(pattern)])
@@ -272,18 +236,6 @@ def _batches(model: ContinuousCGCNN, structures: Sequence[Structure]) -> Iterato
     weight = next(model.parameters())
     for batch in pack([len(structure) for structure in structures], BATCH_ATOMS):
         yield batch, Crystals.from_structures(structures[batch], weight.dtype).to(weight.device)
-
-
-def rank_candidates(model: ContinuousCGCNN, candidates: Sequence[Structure]) -> list[Structure]:
-    """Candidates for one composition with their energies, lowest first, whatever made them.
-
-    Raises:
-        ValueError: if there is no candidate, or compositions differ (their energies cannot be compared).
-    """
-    formulas = sorted({structure.composition.reduced_formula for structure in candidates})
-    if len(formulas) != 1:
-        raise ValueError(f"candidates have compositions {formulas}, expected exactly one")
-    return sorted(with_energies(model, candidates), key=lambda structure: structure.properties["energy"])
 
 
 def relax(
@@ -460,51 +412,3 @@ def describe_structures(
         row |= {"V/atom": structure.volume / len(structure)}
         rows.append(row | dict(zip(("a", "b", "c", "α", "β", "γ"), lattice.parameters)))
     return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="rank"))
-
-
-def known_crystals(dataset: str, formula: str) -> dict[str, Structure]:
-    """Crystals of a data set with this composition, in any of its splits, by ``"material_id (split)"``."""
-    composition = reduce_species(parse_formula(formula))
-    known = {}
-    for part in SPLITS:
-        split = load_split(dataset, part)
-        rows = [row for row, numbers in enumerate(split.species) if reduce_species(numbers) == composition]
-        known |= {f"{split.material_ids[row]} ({part})": split[row] for row in rows}
-    return known
-
-
-def compare_with_known(structures: Sequence[Structure], known: Mapping[str, Structure]) -> pd.DataFrame:
-    """Which candidate is closest to each known crystal, at the tolerances of the field's benchmarks (0.3, 0.5, 10°).
-
-    Args:
-        structures: candidates, best first.
-        known: crystals by name.
-
-    Returns:
-        One row for each known crystal: ``space group``; ``rank`` (from 1) of the matching candidate with the smallest
-        normalised RMS displacement ``rms`` (unitless); both missing if none matches.
-    """
-    rows = {}
-    for name, reference in known.items():
-        scores = run_with_time_limit(score_pair, [(s, reference) for s in structures], 1, 10.0, progress=False)
-        rms = pd.Series([math.nan if score is None else score.rms for score in scores], range(1, len(scores) + 1))
-        rank = None if rms.isna().all() else rms.idxmin()
-        rows[name] = {"space group": space_group(reference), "rank": rank, "rms": rms.min()}
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=["space group", "rank", "rms"])
-    return table.astype({"rank": "Int64", "rms": float}).rename_axis("known crystal")
-
-
-def write_cifs(structures: Sequence[Structure], folder: str | Path) -> list[Path]:
-    """One CIF a structure, exactly as predicted (P1): ``01_NaCl.cif``, ``02_NaCl.cif``, … in the order given.
-
-    Files that an earlier call left in the folder are replaced.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("[0-9][0-9]_*.cif"):
-        old.unlink()
-    paths = []
-    for rank, structure in enumerate(structures, start=1):
-        paths.append(folder / f"{rank:02d}_{structure.composition.reduced_formula}.cif")
-        paths[-1].write_text(str(CifWriter(structure)))
-    return paths

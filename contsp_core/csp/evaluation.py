@@ -1,13 +1,11 @@
 """How well does a checkpoint, or a folder of CIFs made by any other program, predict the crystals of a data set?
 
 Sample, keep, compare, write. Samples lie in ``<output_dir>/<material_id>/<sample number>.cif``; beside these folders
-``settings.json`` (what made them), ``summary.json`` and ``per_crystal.csv``. ``python -m contsp_core.csp.evaluation
-figures/04_results_*.csv`` prints tables of results.
+``settings.json`` (what made them), ``summary.json`` and ``per_crystal.csv``.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
@@ -31,8 +29,8 @@ from contsp_core.csp.candidates import (
     make_candidates,
     with_energies,
 )
-from contsp_core.csp.metrics import CRITERIA, LISTS, evaluate_csp
-from contsp_core.data import DATA_DIR, choose, load_split, parse_cifs, write_whole
+from contsp_core.csp.metrics import LISTS, evaluate_csp
+from contsp_core.data import choose, load_split, parse_cifs, write_whole
 from contsp_core.diffusion import DiffusionConfig
 from contsp_core.sampler import sampling_config
 
@@ -45,13 +43,10 @@ if TYPE_CHECKING:
 ENERGIES = "energies.json"  # {file name: energy or null}; written last: names the files of a complete crystal
 SETTINGS, SUMMARY, TABLE = "settings.json", "summary.json", "per_crystal.csv"
 N_SAMPLES = 20
-PUBLISHED = DATA_DIR / "published.csv"
 OBJECTIVES = {"score_matching": "score matching", "contrastive_divergence": "contrastive divergence"}
 METHODS = {  # labels of sources; that of "chains" depends on the model
     "start": "the sampler's start, no gradient",
     "start_descended": "the sampler's start, energy descent",
-    "random": "random structures",
-    "random_descended": "random structures, energy descent",
     "templates": "element substitution",
     "templates_relaxed": "element substitution, short chains",
 }
@@ -189,7 +184,7 @@ def _trained_on(checkpoint: str | Path | None) -> dict[str, Any]:
 
 def _steps(source: str, model: ContinuousCGCNN | None, n_steps: int | None) -> int:
     """Energy gradients spent on each sample."""
-    if source in ("random", "templates", "start") or model is None:
+    if source in ("templates", "start") or model is None:
         return 0
     return n_steps or N_STEPS.get(source) or sampling_config(model).n_steps
 
@@ -353,116 +348,3 @@ def _number(path: Path) -> int:
     if not path.stem.isdecimal() or len(path.stem) > 5:
         raise ValueError(f"{path} has no number < 100000 as name, expected <material_id>/<sample number>.cif")
     return int(path.stem)
-
-
-def results_table(summaries: Sequence[str | Path | dict[str, Any]], published: bool = True) -> pd.DataFrame:
-    """Our scores and the published ones as numbers, a row for each method and number k of answers.
-
-    A summary gives a row at k = 1, one at its number of samples, and, if its samples carry energies, one for the
-    single answer that the energy chose among them.
-
-    Args:
-        summaries: ``summary.json`` files, or their content.
-        published: add the published numbers for the data sets that occur.
-
-    Returns:
-        Columns dataset, method, k, chosen_from (number of samples among which the energy chose; else 0),
-        match_rate with its 95 % interval low and high, strict, good (shares of test crystals), rmse, n_crystals,
-        n_steps (energy gradients a sample), filter ("none": invalid samples are kept), and remarks: every difference
-        from the published numbers in protocol or data, or their source.
-    """
-    read = [item if isinstance(item, dict) else json.loads(Path(item).read_text()) for item in summaries]
-    ours = pd.DataFrame([row for summary in read for row in _own_rows(summary)])
-    if not published:
-        return ours
-    theirs = pd.read_csv(PUBLISHED).rename(columns={"source": "remarks"})
-    theirs = theirs.assign(chosen_from=0, match_rate=theirs["match_rate_percent"] / 100)
-    theirs = theirs[theirs["dataset"].isin(ours["dataset"])]
-    return pd.DataFrame([*ours.to_dict("records"), *theirs.to_dict("records")], columns=ours.columns)
-
-
-def _own_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    settings, scores = summary["settings"], summary["scores"]
-    n, rows = scores["n_samples"], []
-    for k, chosen_from, end in ((1, 0, "@1"), (n, 0, f"@{n}"), (1, n, "_lowest_energy"))[: 3 if n > 1 else 1]:
-        if scores[f"match_rate{end}"] is None or math.isnan(scores[f"match_rate{end}"]):
-            continue  # no energies
-        low, high = scores[f"match_rate{end}_interval"]
-        row = {"dataset": settings["dataset"], "method": settings["method"], "k": k, "chosen_from": chosen_from}
-        row |= {"match_rate": scores[f"match_rate{end}"], "low": low, "high": high}
-        row |= {name: scores.get(f"match_rate{CRITERIA[name]}{end}") for name in ("strict", "good")}
-        row |= {"rmse": scores[f"rmse{end}"], "n_crystals": scores["n_references"], "n_steps": settings["n_steps"]}
-        rows.append(row | {"filter": "none", "remarks": "; ".join(_remarks(summary))})
-    return rows
-
-
-def _remarks(summary: dict[str, Any]) -> list[str]:
-    settings, data, remarks = summary["settings"], summary["data"], []
-    if settings["split"] != "test":
-        remarks.append(f"on the {settings['split']} split")
-    if settings["n_structures"] < data["n_crystals"]:
-        part = f"{settings['n_structures']} of {data['n_crystals']} crystals"
-        remarks.append(f"{part}, chosen by seed {settings['seed']}")
-    if settings["dataset"] == "prototypes":
-        remarks.append("textbook crystals bundled here, no published numbers")
-    elif not data["official"]:
-        remarks.append("not the official split")
-    if settings["trained_on"].get("n_structures"):
-        remarks.append(f"trained on {settings['trained_on']['n_structures']} crystals")
-    n_missing = summary["scores"]["n_missing"]
-    return remarks + ([f"{n_missing} samples missing or unreadable: no match"] if n_missing else [])
-
-
-def overview_table(results: pd.DataFrame) -> pd.DataFrame:
-    """The rows of :func:`results_table` as texts, with all k of a method side by side.
-
-    Returns:
-        A row for each data set, method and filter; for each k the match rate (%) with its interval, the strict and the
-        good one, and the RMSE.
-
-    Raises:
-        ValueError: if two different rows have the same name.
-    """
-    row_keys, column_keys, rows = ["dataset", "method", "filter"], ["chosen_from", "k"], []
-    results = results.drop_duplicates()
-    if results.duplicated([*row_keys, *column_keys]).any():
-        twice = results[results.duplicated([*row_keys, *column_keys])].iloc[0]
-        raise ValueError(f"results has {twice['method']!r} on {twice['dataset']!r} twice, expected different names")
-    answers = sorted(set(results[column_keys].itertuples(index=False, name=None)))
-    for names, group in results.groupby(row_keys, sort=False):
-        found = {(row.chosen_from, row.k): row for row in group.itertuples()}
-        rows.append([*names, *(cell for answer in answers for cell in _cells(found.get(answer)))])
-    columns = ["data set", "method", "filter"]
-    for n, k in answers:
-        columns += [f"lowest energy of {n} (%)" if n else f"k = {k} (%)", "strict / good", "RMSE"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def _cells(row: Any) -> tuple[str, str, str]:
-    if row is None:
-        return "", "", ""
-    interval = "" if pd.isna(row.low) else f" [{100 * row.low:.1f}, {100 * row.high:.1f}]"
-    rate = f"{100 * row.match_rate:.1f}{interval}" if interval else f"{100 * row.match_rate:.2f}"
-    others = "" if pd.isna(row.strict) else f"{100 * row.strict:.1f} / {100 * row.good:.1f}"
-    return rate, others, "–" if pd.isna(row.rmse) else f"{row.rmse:.4f}"
-
-
-def to_markdown(table: pd.DataFrame) -> str:
-    """A table of texts and numbers in Markdown."""
-    lines = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the overview of results files."""
-    parser = argparse.ArgumentParser(prog="python -m contsp_core.csp.evaluation", description=main.__doc__)
-    parser.add_argument("files", nargs="+", type=Path, help="04_results_*.csv, as the evaluation notebook writes them")
-    files = parser.parse_args(arguments).files
-    for path in files:
-        if not path.is_file():
-            parser.error(f"{path} is no file, expected a CSV of results")
-    print(to_markdown(overview_table(pd.concat(map(pd.read_csv, files)))), end="")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,6 @@
 """How good are predicted crystals: match rate (loose, strict, good), RMSE, METRe, cRMSE, validity, and their intervals.
 
-Top to bottom: validity, the comparison of two crystals, many comparisons under a time limit, the scores, and what more
-candidates or a choice among them would give.
+Top to bottom: validity, the comparison of two crystals, many comparisons under a time limit, and the scores.
 """
 
 from __future__ import annotations
@@ -316,7 +315,7 @@ def _columns(table: pd.DataFrame, k: int) -> dict[str, np.ndarray]:
         matching = matching_rms(table, criterion)
         chosen = np.isfinite(np.take_along_axis(matching, lowest, 1)[:, 0])
         values[f"match_rate{suffix}@{k}"] = np.isfinite(matching[:, :k]).any(1)
-        values[f"match_rate{suffix}_random@{k}"] = _random_order(matching, table["n_predictions"], k)[0]
+        values[f"match_rate{suffix}_random@{k}"] = random_order(matching, table["n_predictions"], k)[0]
         values[f"match_rate{suffix}_lowest_energy"] = np.where(has_energy, chosen, math.nan)
     pool = np.array([np.fmin.reduce(_matrix(lists)[:, :k], axis=None) for lists in table["pool_rms"]])
     metre = {"metre": np.isfinite(pool), "metre_good": pool < GOOD, "metre_crmse": np.where(np.isnan(pool), stol, pool)}
@@ -363,30 +362,7 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0, n_resamples: int = 100
     return np.where(empty, math.nan, low), np.where(empty, math.nan, high)
 
 
-def match_rate_curve(table: pd.DataFrame, criterion: str = "loose") -> pd.DataFrame:
-    """Match rate and RMSE against the number of predictions k: the exact mean over all subsets of k predictions.
-
-    Of n predictions of which m match, the i-th best match is the best one of a subset of k with probability
-    C(n−i, k−1) / C(n, k); their sum over i ≤ m is the probability of a match. RMSE is the mean over references weighted
-    by the latter. A reference with n < k predictions counts with all it has.
-
-    Args:
-        table: from :func:`evaluate_csp`, or pooled.
-        criterion: "loose", "strict" or "good".
-
-    Returns:
-        columns k, match_rate, rmse, and low and high: the 95 % bootstrap interval of the match rate.
-    """
-    rms, rows, shares = matching_rms(table, criterion), [], []
-    for k in range(1, int(table["n_predictions"].max()) + 1):
-        matched, expected = _random_order(rms, table["n_predictions"], k)
-        shares.append(matched)
-        rows.append((k, matched.mean(), expected.sum() / matched.sum() if matched.any() else math.nan))
-    curve = pd.DataFrame(rows, columns=["k", "match_rate", "rmse"])
-    return curve.assign(**dict(zip(("low", "high"), bootstrap_interval(np.column_stack(shares)), strict=True)))
-
-
-def _random_order(rms: np.ndarray, n_predictions: Sequence[int], k: int) -> tuple[np.ndarray, np.ndarray]:
+def random_order(rms: np.ndarray, n_predictions: Sequence[int], k: int) -> tuple[np.ndarray, np.ndarray]:
     """Per reference: probability that k of its predictions hold a match, and expected (best rms) · [there is one]."""
     matched, expected = np.zeros(len(rms)), np.zeros(len(rms))
     for row, n in enumerate(n_predictions):
@@ -394,33 +370,3 @@ def _random_order(rms: np.ndarray, n_predictions: Sequence[int], k: int) -> tupl
         is_best = [math.comb(n - i, size - 1) / math.comb(n, size) for i in range(1, len(matches) + 1)]
         matched[row], expected[row] = sum(is_best), np.dot(is_best, matches)
     return matched, expected
-
-
-def pool_candidates(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Tables of :func:`evaluate_csp` for the same references joined: the candidates of the first one come first."""
-    if any(not table.index.equals(tables[0].index) for table in tables):
-        raise ValueError("tables have different material ids, expected the same in each")
-    pooled = tables[0][["formula", "n_atoms"]].copy()
-    for name in COUNTS:
-        pooled[name] = sum(table[name] for table in tables)
-    for name in (*LISTS, "pool_rms"):
-        pooled[name] = [list(chain(*lists)) for lists in zip(*(table[name] for table in tables), strict=True)]
-    return pooled
-
-
-def ranking_table(table: pd.DataFrame) -> pd.DataFrame:
-    """One answer per composition: does the energy choose better among the candidates than chance?
-
-    Args:
-        table: from :func:`evaluate_csp`, or pooled; its candidates carry energies.
-
-    Returns:
-        A row for each criterion (loose, strict, good) with the match rates of the candidate given first, of a random
-        one, of the one of lowest energy (with its 95 % interval, low and high), and of the best of all n.
-    """
-    scores, rows = summarise(table), []
-    for criterion, suffix in CRITERIA.items():
-        names = [f"match_rate{suffix}{end}" for end in ("@1", "_random@1", "_lowest_energy", "")]
-        first, random, lowest, best = (scores[name] for name in names)
-        rows.append((criterion, scores["n_samples"], first, random, lowest, *scores[f"{names[2]}_interval"], best))
-    return pd.DataFrame(rows, columns=["match", "n", "first", "random", "lowest_energy", "low", "high", "best_of_n"])
