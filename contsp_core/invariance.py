@@ -479,7 +479,7 @@ def displacement_scan(
     draws = torch.cat([torch.zeros(1, 3, dtype=draws.dtype), draws])
     copies = crystal.to(torch.float64)[[0] * len(draws)]
     moved = copies.positions.clone()
-    moved[atom::n_atoms] += draws
+    moved[:: n_atoms] += draws
     energies = as_energy(energy)(copies.replace(positions=moved))
     return pd.DataFrame({"displacement": draws.norm(dim=1), "energy": energies})
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+# One row per panel of the training figure: title, then the columns drawn in it with their legend labels.
 TRAINING_PANELS = (
     (ENERGY, {"energy_real": "training crystals", "energy_sample": "samples"}),
     ("gap: real − sample energy", {"gap": "gap"}),

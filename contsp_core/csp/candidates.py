@@ -33,11 +33,10 @@ from contsp_core.crystals import (
 )
 from contsp_core.csp.metrics import is_valid_structure, run_with_time_limit
 from contsp_core.data import parse_formula
-from contsp_core.diffusion import DiffusionConfig, reverse_diffusion
+from contsp_core.diffusion import DiffusionConfig
 from contsp_core.energy import ContinuousCGCNN, energy_and_gradient, strain_gradient
 from contsp_core.lattice import apply_strain, niggli
-from contsp_core.mala import anneal
-from contsp_core.sampler import bytes_per_atom, sample_structures, sampling_config, start_crystals
+from contsp_core.sampler import bytes_per_atom, run_chains, sample_structures, sampling_config, start_crystals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,16 +85,18 @@ def make_candidates(
     if source == "chains":
         max_bytes = batch_atoms * bytes_per_atom(model)
         return sample_structures(model, species, n_samples, n_steps, seed, max_bytes=max_bytes)
-    species = [sorted(numbers) for numbers in species]
+    species = [tuple(sorted(numbers)) for numbers in species]
+    rngs = [[keyed_rng(seed, numbers, n) for n in range(n_samples)] for numbers in species]  # as of the chains
     if source.startswith("start"):
-        found = [start_structures(model, numbers, n_samples, seed) for numbers in species]
+        starts = [start_crystals(model, [numbers] * n_samples, rng) for numbers, rng in zip(species, rngs)]
+        found = [crystals.to_structures() for crystals in starts]
     else:
         found = [library.substitute(numbers, n_samples, seed) for numbers in species]
     flat = [structure for structures in found for structure in structures]
     if source.endswith("_descended"):
         flat = descend(model, flat, n_steps or sampling_config(model).n_steps)
     elif source.endswith("_relaxed"):
-        rng = [keyed_rng(seed, tuple(s), n) for s, part in zip(species, found) for n in range(len(part))]
+        rng = [own for part, all_own in zip(found, rngs) for own in all_own[: len(part)]]
         flat = relax(model, flat, rng, n_steps or N_STEPS[source])
     rest = iter(flat if model is None else with_energies(model, flat))
     return [[next(rest) for _ in part] + [None] * (n_samples - len(part)) for part in found]
@@ -110,13 +111,6 @@ def _check_source(source: str, n_samples: int, model: Any, library: Any) -> None
         raise ValueError(f"model is None, expected one for source {source!r}")
     if library is None and source not in WITHOUT_LIBRARY:
         raise ValueError(f"library is None, expected the training crystals for source {source!r}")
-
-
-def start_structures(model: ContinuousCGCNN, species: Sequence[int], n: int, seed: int = 0) -> list[Structure]:
-    """The starts of the first n chains that :func:`contsp_core.sampler.sample_structures` would run."""
-    species = tuple(sorted(species))
-    rng = [keyed_rng(seed, species, number) for number in range(n)]
-    return start_crystals(model, [species] * n, rng).to_structures()
 
 
 class TemplateLibrary:
@@ -251,15 +245,14 @@ def relax(
         noise: Å.
     """
     config = replace(sampling_config(model), n_steps=n_steps)
-
-    def run(crystals: Crystals, rng: Rng) -> Crystals:
-        if isinstance(config, DiffusionConfig):
-            late = replace(config, noise_first=min(noise, model.config.noise_max))
-            return reverse_diffusion(model, crystals, late, rng)
-        start = torch.full_like(crystals.cell[:, 0, 0], 2 / 3)
-        return anneal(model, crystals, config, rng, start=start).crystals
-
-    return [s for batch, crystals in _batches(model, structures) for s in run(crystals, rng[batch]).to_structures()]
+    if isinstance(config, DiffusionConfig):
+        late = replace(config, noise_first=min(noise, model.config.noise_max))
+    else:  # both schedules are geometric
+        step = (config.step_first * config.step_last**2) ** (1 / 3)
+        temperature = (config.temperature_first * config.temperature_last**2) ** (1 / 3)
+        late = replace(config, step_first=step, temperature_first=temperature)
+    moved = [run_chains(model, crystals, late, rng[batch]) for batch, crystals in _batches(model, structures)]
+    return [structure for crystals in moved for structure in crystals.to_structures()]
 
 
 def descend(model: ContinuousCGCNN, structures: Sequence[Structure], n_steps: int = 200) -> list[Structure]:

@@ -199,8 +199,7 @@ def draw_crystal(structure: Structure, ax: Axes | None = None, title: str | None
     marker = {"marker": "o", "ls": "none", "ms": 7, "mec": "0.25", "mew": 0.5}
     for symbol, number in {site.specie.symbol: site.specie.Z for site in structure}.items():
         ax.plot([], [], mfc=jmol_colors[number], label=symbol, **marker)
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.02), "ncols": 6}
-    ax.legend(handletextpad=0.1, columnspacing=1, **below)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=6, handletextpad=0.1, columnspacing=1)
     counts = structure.composition.get_el_amt_dict()
     formula = "".join(f"{symbol}$_{{{n:g}}}$" if n != 1 else symbol for symbol, n in counts.items())
     ax.set_title(formula if title is None else title)
@@ -222,9 +221,6 @@ def draw_crystals(structures: Sequence[Structure], titles: Sequence[str] | None 
     for ax, structure, title in itertools.zip_longest(axes.flat, structures, titles or []):
         draw_crystal(structure, ax, title) if structure else ax.axis("off")
     return figure
-
-
-# One row per panel of the training figure: title, then the columns drawn in it with their legend labels.
 
 
 def save_figure(figure: Figure, path: str | Path, parameters: dict[str, Any]) -> Path:
