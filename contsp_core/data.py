@@ -1,8 +1,6 @@
 """Which crystals are in a data set? Find or download a split, check it, parse it once, and hand back arrays.
 
-:func:`load_split` is the way in, and the file reads in its order: where a split is looked for, how a table of CIFs
-becomes arrays, and :class:`Split`, which holds them. A split saved as ``.npz`` needs numpy alone, so that training runs
-without pandas and pymatgen.
+Splits saved as ``.npz`` need numpy alone, so that training runs without pandas and pymatgen.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import logging
 import operator
 import os
 import re
+import reprlib
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from http.client import HTTPException
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from urllib.request import urlopen
 from uuid import uuid4
 
@@ -33,12 +32,11 @@ import torch
 from contsp_core.crystals import MAX_ATOMIC_NUMBER, Crystals
 
 if TYPE_CHECKING:
-    import pandas as pd
     from pymatgen.core import Structure
 
-BUNDLED = "prototypes"
-DATASETS = (BUNDLED, "perov5", "mp20", "mpts52", "carbon24")
+DATASETS = ("prototypes", "perov5", "mp20", "mpts52", "carbon24")
 SPLITS = ("train", "val", "test")
+ON_ERROR = ("raise", "skip")
 PACKAGE = Path(__file__).resolve().parent
 # An installed package has the bundled files inside; in a checkout they lie beside it.
 DATA_DIR = PACKAGE / "_bundled" if (PACKAGE / "_bundled").is_dir() else PACKAGE.parent / "data"
@@ -47,29 +45,22 @@ FORMAT = "2"  # of the .npz; raise it when the arrays change meaning: older file
 MAX_CSV_BYTES = 2**29  # 512 MiB unpacked; the largest public file has a tenth of it
 MAX_FORMULA_ATOMS = 1000
 MAX_ID_BYTES = 200  # file systems allow 255 for a name, and endings are added
-SERIAL_ROWS = 600  # below this, starting processes costs more than they save
-CHUNK = 200  # rows a task: large enough to hide the cost of sending them
-ON_ERROR = ("raise", "skip")
+SERIAL_ROWS = 600  # up to here, starting processes costs more than they save
 ARRAYS = ("cell", "positions", "atomic_numbers", "system_idx")  # of Crystals, in its order
-Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
 
 def load_split(name: str, split: str, on_error: str = "raise", n_jobs: int = -1) -> Split:
-    """Load one part of a data set.
+    """One part of a data set; its ``.note`` tells when the file is not the official one.
 
     Looked for in this order: ``$CONTSP_DATA_DIR/<name>/<split>.csv``, ``.csv.gz`` or ``.npz``; for ``prototypes`` the
     bundled file; the cache (``$CONTSP_CACHE_DIR``, default ``~/.cache/contsp``); the pinned public revision, downloaded
     and checked against its git blob id. Parsed crystals are cached under the blob id of the file they came from.
 
     Args:
-        name: prototypes, perov5, mp20, mpts52 or carbon24.
-        split: train, val or test.
+        name, split: one of ``DATASETS`` and one of ``SPLITS``.
         on_error: ``"raise"``, or ``"skip"`` to leave bad rows out and list them in ``.skipped``.
         n_jobs: processes that parse CIFs; -1 is all cores.
-
-    Returns:
-        A :class:`Split`; ``.note`` tells when the file is not the official one.
 
     Raises:
         ValueError: for an unknown name, split or on_error; a bad file or row; a download with the wrong content.
@@ -78,30 +69,27 @@ def load_split(name: str, split: str, on_error: str = "raise", n_jobs: int = -1)
     for label, value, allowed in (("name", name, DATASETS), ("split", split, SPLITS), ("on_error", on_error, ON_ERROR)):
         if value not in allowed:
             raise ValueError(f"{label}={value!r} is unknown, expected one of {', '.join(allowed)}")
-    path = _local_file(name, split) or _published_file(name, split)
+    path = _find_file(name, split)
     found = Split.load(path, name, split) if path.suffix == ".npz" else _parse_or_cached(path, name, split, n_jobs)
     if found.skipped:
-        message = _describe_bad_rows(path, found.skipped, len(found) + len(found.skipped))
+        (row, reason), n_bad = found.skipped[0], len(found.skipped)
+        message = f"{path}: {n_bad} of {len(found) + n_bad} rows are bad, the first is {row}: {reason}"
         if on_error == "raise":
             raise ValueError(f"{message}; on_error='skip' leaves them out")
         logger.warning("%s; skipped", message)
     return found
 
 
-def _local_file(name: str, split: str) -> Path | None:
-    root = os.environ.get("CONTSP_DATA_DIR")
+def _find_file(name: str, split: str) -> Path:
+    """The first file there is: the user's, a bundled one, the published one, which is downloaded once."""
+    root, official = os.environ.get("CONTSP_DATA_DIR"), _official_blob(name, split)
     if root and not Path(root).is_dir():
         raise ValueError(f"CONTSP_DATA_DIR={root!r} is not a folder, expected one with <name>/<split>.csv[.gz] in it")
-    folders = [Path(root, name)] if root else []
-    folders += [DATA_DIR / name] if name == BUNDLED else []
+    folders = [Path(root, name), DATA_DIR / name] if root else [DATA_DIR / name]
+    published = _cache_dir() / name / f"{split}-{official}.csv"
     paths = [folder / f"{split}{ending}" for folder in folders for ending in (".csv", ".csv.gz", ".npz")]
-    return next(filter(Path.is_file, paths), None)
-
-
-def _published_file(name: str, split: str) -> Path:
-    path, official = _cache_dir() / name / f"{split}.csv", _official_blob(name, split)
-    if path.is_file() and git_blob_id(_read_csv(path)) == official:
-        return path
+    if found := next(filter(Path.is_file, [*paths, published]), None):
+        return found
     url = MANIFEST["base_url"] + MANIFEST["datasets"][name]["splits"][split]["path"]
     try:
         with urlopen(url, timeout=60) as answer:
@@ -111,8 +99,8 @@ def _published_file(name: str, split: str) -> Path:
         raise ConnectionError(f"cannot download {url} ({_one_line(error)}); {instead}") from None
     if git_blob_id(content) != official:
         raise ValueError(f"{url} has git blob id {git_blob_id(content)}, expected {official}; nothing was kept")
-    write_whole(path, lambda file: file.write(content))
-    return path
+    write_whole(published, lambda file: file.write(content))
+    return published
 
 
 def _cache_dir() -> Path:
@@ -156,7 +144,20 @@ def _parse_or_cached(path: Path, name: str, split: str, n_jobs: int) -> Split:
 
 
 def _parse_csv(content: bytes, source: Source, name: str, split: str, n_jobs: int) -> Split:
-    table = _read_table(content, source.path)
+    """The good rows of a CSV, without row counters and further CIF texts; missing texts are empty."""
+    import pandas as pd
+
+    try:  # only an empty field is missing: "NaN" is also sodium nitride
+        text = {"material_id": str, "cif": str, "formula": str}
+        table = pd.read_csv(io.BytesIO(content), keep_default_na=False, na_values=[""], dtype=text)
+    except ValueError as error:  # pandas' own errors are of this kind, and those of Unicode
+        raise ValueError(f"{source.path} cannot be read as CSV: {_one_line(error)}") from None
+    for label in ("material_id", "cif"):
+        if label not in table.columns:
+            raise ValueError(f"{source.path} has no column {label!r}, expected one; found {', '.join(table.columns)}")
+    if not len(table):
+        raise ValueError(f"{source.path} has no rows, expected one crystal a row")
+    table = table.fillna(dict.fromkeys(table.select_dtypes(exclude="number"), ""))
     ids = table["material_id"].tolist()
     results = parse_cifs(table["cif"].tolist(), n_jobs, f"{name}/{split}")
     for row, reason in _bad_ids(ids).items():
@@ -164,53 +165,23 @@ def _parse_csv(content: bytes, source: Source, name: str, split: str, n_jobs: in
     good = [row for row, result in enumerate(results) if isinstance(result, Cell)]
     skipped = tuple((ids[row], result) for row, result in enumerate(results) if isinstance(result, str))
     if not good:
-        raise ValueError(_describe_bad_rows(source.path, skipped, len(ids)))
+        raise ValueError(f"{source.path}: all {len(ids)} rows are bad, the first is {ids[0]}: {results[0]}")
     cells, positions, numbers = zip(*(results[row] for row in good), strict=True)
     crystals = Crystals.from_arrays(np.stack(cells), np.concatenate(positions), numbers, dtype=torch.float64)
-    columns = {}
-    for label in table.columns.drop(["material_id", "cif"]):  # numbers as they are, the rest as text
-        numeric = table[label].dtype.kind in "biuf"
-        columns[label] = table[label].to_numpy() if numeric else table[label].fillna("").to_numpy().astype(np.str_)
-    columns = {label: column[good] for label, column in columns.items()}
+    labels = [label for label in table.columns.drop("material_id") if not label.startswith(("cif", "Unnamed"))]
+    columns = {label: np.array(table[label].iloc[good].tolist()) for label in labels}
     return Split(name, split, [ids[row] for row in good], crystals, source, columns, skipped)
-
-
-def _describe_bad_rows(path: str | Path, skipped: Sequence[tuple[str, str]], n_rows: int) -> str:
-    row, reason = skipped[0]
-    return f"{path}: {len(skipped)} of {n_rows} rows are bad, the first is {row}: {reason}"
-
-
-def _read_table(content: bytes, path: str) -> pd.DataFrame:
-    """The rows of a CSV, without row counters and further CIF texts; missing texts are empty."""
-    import pandas as pd
-
-    try:  # only an empty field is missing: "NaN" is also sodium nitride
-        text_columns = {"material_id": str, "cif": str, "formula": str}
-        table = pd.read_csv(io.BytesIO(content), keep_default_na=False, na_values=[""], dtype=text_columns)
-    except (ValueError, UnicodeError) as error:  # pandas' own errors are ValueErrors
-        raise ValueError(f"{path} cannot be read as CSV: {_one_line(error)}") from None
-    missing = [name for name in ("material_id", "cif") if name not in table.columns]
-    if missing:
-        raise ValueError(
-            f"{path} has no column {missing[0]!r}, expected one; found {', '.join(map(str, table.columns))}"
-        )
-    if not len(table):
-        raise ValueError(f"{path} has no rows, expected one crystal a row")
-    unwanted = [name for name in table.columns if name != "cif" and name.startswith(("cif", "Unnamed"))]
-    return table.drop(columns=unwanted).fillna({"material_id": "", "cif": ""})
 
 
 def _bad_ids(material_ids: Sequence[str]) -> dict[int, str]:
     """{row: reason} of each ``material_id`` that is taken already or cannot name a file or a folder."""
     reasons, first = {}, {}
     for row, text in enumerate(material_ids):
-        plain = text.isprintable() and text == text.strip() and not text.startswith(".") and not set(text) & set("/\\")
-        if not text or not plain or len(text.encode()) > MAX_ID_BYTES:
-            shown = repr(text if len(text) <= 40 else f"{text[:40]}…")
-            reasons[row] = f"material_id is {shown}, expected a name for a file of ≤ {MAX_ID_BYTES} bytes"
-        elif text in first:
+        plain = text.isprintable() and re.fullmatch(r"(?![. ])[^/\\]+(?<! )", text)
+        if not plain or len(text.encode()) > MAX_ID_BYTES:
+            reasons[row] = f"material_id is {reprlib.repr(text)}, expected a name for a file of ≤ {MAX_ID_BYTES} bytes"
+        elif first.setdefault(text, row) != row:
             reasons[row] = f"material_id {text!r} is that of row {first[text] + 1} too, expected one of its own"
-        first.setdefault(text, row)
     return reasons
 
 
@@ -223,48 +194,35 @@ class Cell(NamedTuple):
 
 
 def parse_cifs(cifs: Sequence[str], n_jobs: int = -1, description: str = "CIFs") -> list[Cell | str]:
-    """Parse CIF texts in order, on ``n_jobs`` cores (-1: all); a bad one gives the reason in one line.
-
-    ``description`` labels the progress bar; few texts are parsed in this process, without one.
-    """
+    """Parse CIF texts in order, many of them on ``n_jobs`` cores (-1: all); a bad one gives the reason in one line."""
     if len(cifs) <= SERIAL_ROWS:
-        return _parse_chunk(cifs)
+        return [_parse(cif) for cif in cifs]
     from joblib import Parallel, delayed
     from tqdm import tqdm
 
-    chunks = [cifs[start : start + CHUNK] for start in range(0, len(cifs), CHUNK)]
-    parsed = Parallel(n_jobs=n_jobs, return_as="generator")(delayed(_parse_chunk)(chunk) for chunk in chunks)
-    unit = f" × {CHUNK} crystals"  # the bar is for terminals only: disable=None
-    bar = tqdm(parsed, desc=f"parsing {description}", total=len(chunks), unit=unit, disable=None)
-    return [result for part in bar for result in part]
-
-
-def _parse_chunk(cifs: Sequence[str]) -> list[Cell | str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pymatgen warns of each coordinate it rounds to a fraction
-        return [_parse(cif) for cif in cifs]
+    parallel = Parallel(n_jobs=n_jobs, batch_size=200, return_as="generator")  # enough to hide the cost of sending them
+    parsed = parallel(delayed(_parse)(cif) for cif in cifs)
+    return list(tqdm(parsed, desc=f"parsing {description}", total=len(cifs), disable=None))  # None: in terminals only
 
 
 def _parse(cif: str) -> Cell | str:
     from pymatgen.io.cif import CifParser
 
     try:
-        parser = CifParser(io.StringIO(cif))
-        structure = parser.parse_structures(primitive=False, on_error="raise")[0]
-        failure = parser.check(structure)
+        with warnings.catch_warnings(action="ignore"):  # pymatgen warns of each coordinate it rounds to a fraction
+            parser = CifParser(io.StringIO(cif))
+            structure = parser.parse_structures(primitive=False, on_error="raise")[0]
+            if failure := parser.check(structure):
+                raise ValueError(failure)
+            if not structure.is_ordered:
+                return f"disordered site ({structure.formula}), expected full occupancy"
     except Exception as error:  # pymatgen raises many kinds
         return f"malformed CIF ({_one_line(error)})"
-    if failure:
-        return f"malformed CIF ({_one_line(failure)})"
-    if not structure.is_ordered:
-        return f"disordered site ({structure.formula}), expected full occupancy"
     numbers = [getattr(site.specie, "Z", 0) for site in structure]
     if min(numbers) < 1 or max(numbers) > MAX_ATOMIC_NUMBER:
         return f"element Z = {max(numbers)}, expected 1 … {MAX_ATOMIC_NUMBER}"
-    cell, positions = np.array(structure.lattice.matrix), np.array(structure.cart_coords)
-    if not np.isfinite(cell).all() or not np.isfinite(positions).all():
-        return "NaN or infinity in cell or coordinates"
-    return Cell(cell, positions, np.array(numbers, dtype=np.int64))
+    cell = Cell(np.array(structure.lattice.matrix), structure.cart_coords, np.array(numbers))
+    return cell if np.isfinite(np.vstack(cell[:2])).all() else "NaN or infinity in cell or coordinates"
 
 
 class Source(NamedTuple):
@@ -303,9 +261,8 @@ class Split(Sequence):
         return f"Split({self.name!r}, {self.split!r}, {len(self)} crystals, from {self.source.path!r})"
 
     def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return self.select(range(len(self))[index])
-        return self.select([range(len(self))[operator.index(index)]]).structures[0]
+        chosen = range(len(self))[index]
+        return self.select(chosen) if isinstance(index, slice) else self.select([chosen]).structures[0]
 
     def __iter__(self) -> Iterator[Structure]:
         return iter(self.structures)
@@ -326,12 +283,8 @@ class Split(Sequence):
     @property
     def note(self) -> str:
         """One line when the file is not the published one, otherwise empty."""
-        if self.source.official:
-            return ""
-        return (
-            f"{self.name}/{self.split}: {Path(self.source.path).name} is not the official file ({len(self)} crystals, "
-            f"git blob {self.source.blob_id[:12]}); results cannot be compared with published ones"
-        )
+        text = f"{self.name}/{self.split} is not the official file (git blob {self.source.blob_id[:12]})"
+        return "" if self.source.official else f"{text}; results cannot be compared with published ones"
 
     def select(self, indices: Sequence[int]) -> Split:
         """The chosen crystals, in the order given."""
@@ -343,14 +296,13 @@ class Split(Sequence):
             columns={name: column[chosen] for name, column in self.columns.items()},
         )
 
-    def save(self, path: str | os.PathLike) -> Path:
+    def save(self, path: str | os.PathLike) -> None:
         """Write one ``.npz``; as ``$CONTSP_DATA_DIR/<name>/<split>.npz`` :func:`load_split` finds it."""
         arrays = {name: getattr(self.crystals, name).numpy() for name in ARRAYS}
         arrays |= {f"column:{name}": column for name, column in self.columns.items()}
         header = {"format": FORMAT, "path": self.source.path, "blob_id": self.source.blob_id}
         header |= {"material_ids": self.material_ids, "skipped": self.skipped}
         write_whole(Path(path), lambda file: np.savez(file, header=np.array(json.dumps(header)), **arrays))
-        return Path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike, name: str, split: str) -> Split:
@@ -360,16 +312,15 @@ class Split(Sequence):
             FileNotFoundError: without such a file.
             ValueError: for a file that is damaged, foreign, or of another format version.
         """
+        content = io.BytesIO(Path(path).read_bytes())
         try:
-            with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            with np.load(content, allow_pickle=False) as file:
                 header = json.loads(str(file["header"]))
                 crystals = Crystals(*(torch.from_numpy(file[name]) for name in ARRAYS))
                 columns = {key.removeprefix("column:"): file[key] for key in file.files if key.startswith("column:")}
             reasons = [*_bad_ids(header["material_ids"]).values()]
             if header["format"] != FORMAT or reasons:
                 raise ValueError(*reasons[:1] or [f"format {header['format']}, expected {FORMAT}"])
-        except FileNotFoundError:
-            raise
         except Exception as error:  # zip, zlib, header and key errors alike mean: not such a file
             raise ValueError(f"{path} is not a split written by Split.save ({_one_line(error)})") from None
         source = Source(header["path"], header["blob_id"], header["blob_id"] == _official_blob(name, split))
@@ -385,18 +336,16 @@ def parse_formula(text: str) -> list[int]:
     """
     from pymatgen.core import Composition, Element
 
-    expected = f'expected something like "BaTiO3", Z ≤ {MAX_ATOMIC_NUMBER}, ≤ {MAX_FORMULA_ATOMS} atoms'
-    for symbol in re.findall("[A-Z][a-z]*", str(text)):
-        if symbol != "D" and (not Element.is_valid_symbol(symbol) or Element(symbol).Z > MAX_ATOMIC_NUMBER):
-            raise ValueError(f"formula {text!r}: element {symbol!r} is unknown, {expected}")
-    try:
-        counts = {element.Z: amount for element, amount in Composition(text, strict=True).element_composition.items()}
-        right = 0 < sum(counts.values()) <= MAX_FORMULA_ATOMS and all(n == round(n) for n in counts.values())
-    except Exception:  # pymatgen raises several kinds
-        right = False
-    if not right:
-        raise ValueError(f"formula {text!r} cannot be read, {expected}")
-    return [number for number, amount in counts.items() for _ in range(round(amount))]
+    known = {symbol for symbol, element in Element.__members__.items() if element.Z <= MAX_ATOMIC_NUMBER}
+    unknown = [symbol for symbol in re.findall("[A-Z][a-z]*", str(text)) if symbol not in known]
+    counts = {}
+    with suppress(Exception):  # pymatgen raises several kinds
+        counts = Composition(text, strict=True).element_composition
+    if unknown or not 0 < sum(counts.values()) <= MAX_FORMULA_ATOMS or any(n % 1 for n in counts.values()):
+        problem = f": element {unknown[0]!r} is unknown" if unknown else " cannot be read"
+        expected = f'expected something like "BaTiO3", Z ≤ {MAX_ATOMIC_NUMBER}, ≤ {MAX_FORMULA_ATOMS} atoms'
+        raise ValueError(f"formula {text!r}{problem}, {expected}")
+    return [element.Z for element, n in counts.items() for _ in range(round(n))]
 
 
 def resolve_species(entries: Sequence[str | Sequence[int]]) -> list[list[int]]:
@@ -409,28 +358,21 @@ def resolve_species(entries: Sequence[str | Sequence[int]]) -> list[list[int]]:
         raise ValueError(f'species is {entries!r}, expected a list like ["BaTiO3", [11, 17]]')
     species = []
     for entry in entries:
-        try:
-            numbers = parse_formula(entry) if isinstance(entry, str) else [operator.index(number) for number in entry]
-        except TypeError:
-            numbers = []
+        numbers = []
+        with suppress(TypeError):
+            numbers = parse_formula(entry) if isinstance(entry, str) else [*map(operator.index, entry)]
         if not numbers or min(numbers) < 1 or max(numbers) > MAX_ATOMIC_NUMBER:
-            expected = f"a formula or a list of atomic numbers 1 … {MAX_ATOMIC_NUMBER}"
-            raise ValueError(f"species entry is {entry!r}, expected {expected}")
+            raise ValueError(f"species entry is {entry!r}, expected a formula or numbers 1 … {MAX_ATOMIC_NUMBER}")
         species.append(numbers)
     return species
 
 
-def choose(items: Sequence[Item], n: int | None, seed: int = 0) -> list[Item]:
-    """A random choice of at most ``n`` entries, without repeats and in their original order; all of them for None.
-
-    Raises:
-        ValueError: for ``n`` < 1.
-    """
+def choose(items: Sequence, n: int | None, seed: int = 0) -> list:
+    """A random choice of at most ``n`` ≥ 1 entries, without repeats, in their original order; all of them for None."""
     if n is not None and n < 1:
         raise ValueError(f"n is {n}, expected ≥ 1, or None for all")
-    if n is None or n >= len(items):
-        return list(items)
-    return [items[index] for index in sorted(np.random.default_rng(seed).permutation(len(items))[:n].tolist())]
+    order = np.random.default_rng(seed).permutation(len(items))[:n]
+    return [items[index] for index in sorted(order.tolist())]
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -443,14 +385,8 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name itself
     finally:
-        os.close(folder)
+        temporary.unlink(missing_ok=True)
 
 
 def _one_line(error: Exception | str) -> str:

@@ -227,7 +227,7 @@ def audit(
     Returns:
         One row per check, about the crystal (``material_id``, ``index``) with the worst verdict and, among these, the
         largest change: ``kind`` (re-description, congruent or continuity); ``verdict``; ``max_change``, its |ΔE| (for
-        probes over the shortest step, 10⁻⁸ Å or less); ``floor``, what rounding may do to it: ten times
+        probes over the shortest step, about 10⁻⁸ Å); ``floor``, what rounding may do to it: ten times
         :func:`rounding_noise`, for transformations two hundred times or more; for probes ``lipschitz``, its largest
         |ΔE|/δ (1/Å) above the floor, and ``exponent``, the x in |ΔE| ∝ δˣ over the shortest two steps above the floor
         (1 or more for a slope, 0 at a jump); ``n_checked`` crystals. Verdicts: ``invariant``, or ``changes`` above the
@@ -479,7 +479,7 @@ def displacement_scan(
     draws = torch.cat([torch.zeros(1, 3, dtype=draws.dtype), draws])
     copies = crystal.to(torch.float64)[[0] * len(draws)]
     moved = copies.positions.clone()
-    moved[:: n_atoms] += draws
+    moved[atom::n_atoms] += draws
     energies = as_energy(energy)(copies.replace(positions=moved))
     return pd.DataFrame({"displacement": draws.norm(dim=1), "energy": energies})
 

@@ -69,30 +69,27 @@ def _search(first, last, cell, frac, positions, reach, cutoff, first_atom, sourc
 
 
 @njit(**FAST)
-def _lengths(first, last, cell, positions, system_idx, source, target, image, out):
+def _lengths(first, last, cell, positions, system_idx, source, target, image, vector, out):
     for e in range(first, last):
         i, j, s = source[e], target[e], system_idx[source[e]]
         square = positions.dtype.type(0)
         for x in range(3):
             r = positions[j, x] - positions[i, x]
             r += image[e, 0] * cell[s, 0, x] + image[e, 1] * cell[s, 1, x] + image[e, 2] * cell[s, 2, x]
+            vector[e, x] = r
             square += r * r
         out[e] = np.sqrt(square)
 
 
 @njit(**FAST)
-def _lengths_backward(
-    first, last, cell, positions, system_idx, source, target, image, length, grad, g_cell, g_positions
-):
+def _lengths_backward(first, last, system_idx, source, target, image, vector, length, grad, g_cell, g_positions):
     for e in range(first, last):
         if length[e] == 0:  # two atoms at one point: |r| has no gradient there, zero is its symmetric choice
             continue
         i, j, s = source[e], target[e], system_idx[source[e]]
         scale = grad[e] / length[e]
         for x in range(3):
-            r = positions[j, x] - positions[i, x]
-            r += image[e, 0] * cell[s, 0, x] + image[e, 1] * cell[s, 1, x] + image[e, 2] * cell[s, 2, x]
-            g = scale * r
+            g = scale * vector[e, x]
             g_positions[j, x] += g
             g_positions[i, x] -= g
             for y in range(3):
@@ -115,13 +112,9 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def run_parts(kernel: Callable, bounds: np.ndarray, arguments: Callable[[int], tuple]) -> None:
     """Run ``kernel(bounds[p], bounds[p + 1], *arguments(p))`` for every part p, each in a thread."""
-    n_parts = len(bounds) - 1
-    if n_parts == 1:
-        kernel(bounds[0], bounds[1], *arguments(0))
-        return
-    jobs = [_pool().submit(kernel, bounds[p], bounds[p + 1], *arguments(p)) for p in range(n_parts)]
-    for job in jobs:
-        job.result()
+    parts = range(len(bounds) - 1)
+    in_order = map if len(parts) == 1 else _pool().map
+    list(in_order(lambda p: kernel(bounds[p], bounds[p + 1], *arguments(p)), parts))
 
 
 def build_edges(crystals: Crystals, cutoff: Tensor) -> EdgeList:
@@ -131,12 +124,12 @@ def build_edges(crystals: Crystals, cutoff: Tensor) -> EdgeList:
         crystals: the batch, on the CPU.
         cutoff: (n_systems,) radius R, Å.
     """
-    cell, positions, radius = (tensor.detach() for tensor in (crystals.cell, crystals.positions, cutoff))
-    frac, reach = (tensor.numpy() for tensor in search_range(crystals, cutoff))
+    frac, reach = search_range(crystals, cutoff)
     n_systems = crystals.n_systems
     first_atom = np.searchsorted(crystals.system_idx.numpy(), np.arange(n_systems + 1))
     first_edge = np.zeros(n_systems + 1, np.int64)
-    geometry = (cell.numpy(), frac, positions.numpy(), reach, radius.numpy(), first_atom)
+    tensors = (crystals.cell, frac, crystals.positions, reach, cutoff)
+    geometry = (*(tensor.detach().numpy() for tensor in tensors), first_atom)
     n_parts = min(n_systems, torch.get_num_threads())
     systems = np.linspace(0, n_systems, n_parts + 1).astype(np.int64)
     empty = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, 3), np.int32))
@@ -152,20 +145,21 @@ def build_edges(crystals: Crystals, cutoff: Tensor) -> EdgeList:
 class _EdgeLengths(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cell, positions, system_idx, edges):
-        graph = edges.graph
-        arrays = [t.detach().numpy() for t in (cell, positions, system_idx, graph.source, graph.target, graph.image)]
-        length = np.empty(len(graph.source), arrays[0].dtype)
-        run_parts(_lengths, edges.first_edge, lambda part: (*arrays, length))
-        ctx.arrays, ctx.first_edge = (*arrays, length), edges.first_edge
-        return torch.from_numpy(length)
+        tensors = (cell, positions, system_idx, edges.graph.source, edges.graph.target, edges.graph.image)
+        arrays = [tensor.detach().numpy() for tensor in tensors]
+        n_edges, dtype = len(edges.graph.source), arrays[0].dtype
+        arrays += [np.empty((n_edges, 3), dtype), np.empty(n_edges, dtype)]
+        run_parts(_lengths, edges.first_edge, lambda part: arrays)
+        ctx.arrays, ctx.first_edge = arrays, edges.first_edge
+        return torch.from_numpy(arrays[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        grads = (np.zeros_like(ctx.arrays[0]), np.zeros_like(ctx.arrays[1]))
-        arrays = (*ctx.arrays, grad.contiguous().numpy(), *grads)
+        grads = [np.zeros_like(array) for array in ctx.arrays[:2]]
+        arrays = (*ctx.arrays[2:], grad.contiguous().numpy(), *grads)
         run_parts(_lengths_backward, ctx.first_edge, lambda part: arrays)
-        return torch.from_numpy(grads[0]), torch.from_numpy(grads[1]), None, None
+        return *map(torch.from_numpy, grads), None, None
 
 
 def edge_lengths(crystals: Crystals, edges: EdgeList) -> Tensor:
@@ -240,14 +234,11 @@ def _one_direction(D, ai, bj, c, g, ga, gb, gz, gc, w):
 
 @lru_cache
 def _message_kernels(D: int) -> tuple[Callable, Callable]:
-    """Forward and backward of one message pass over edges first … last − 1.
-
-    Compiled for a width D, because loops of known length vectorise better.
-    """
+    """Forward and backward of one message pass, compiled for a width D: loops of known length vectorise better."""
     W = 2 * D
 
     @njit(**FAST)
-    def forward(first, last, a, b, table, inverse_spacing, distance, weight, source, target, out):
+    def forward(first, last, a, b, table, distance, weight, source, target, inverse_spacing, out):
         """out_i = Σ_j w σ(z_u) z_v,  z = (a_i + b_j) c(d), over both directions of each edge."""
         c = np.empty(W, a.dtype)
         for e in range(first, last):
@@ -264,7 +255,7 @@ def _message_kernels(D: int) -> tuple[Callable, Callable]:
 
     @njit(**FAST)
     def backward(
-        first, last, a, b, table, inverse_spacing, distance, weight, source, target, grad,
+        first, last, a, b, table, distance, weight, source, target, inverse_spacing, grad,
         grad_a, grad_b, grad_table, grad_distance, grad_weight,
     ):  # fmt: skip
         """Adjoints of ``forward``; ``grad_table`` is empty if it is not wanted."""
@@ -285,15 +276,11 @@ def _message_kernels(D: int) -> tuple[Callable, Callable]:
             grad_distance[e] = gd
             grad_weight[e] = gw
             if want_table:
-                g_lower, g_upper = grad_table[row], grad_table[row + 1]
-                for k in range(W):
-                    g_lower[k] += v0 * gc[k]
-                for k in range(W):
-                    g_lower[W + k] += s0 * gc[k]
-                for k in range(W):
-                    g_upper[k] += v1 * gc[k]
-                for k in range(W):
-                    g_upper[W + k] += s1 * gc[k]
+                for node, value, slope in ((grad_table[row], v0, s0), (grad_table[row + 1], v1, s1)):
+                    for k in range(W):
+                        node[k] += value * gc[k]
+                    for k in range(W):
+                        node[W + k] += slope * gc[k]
 
     return forward, backward
 
@@ -304,7 +291,7 @@ class _MessageSum(torch.autograd.Function):
         forward, ctx.kernel = _message_kernels(a.shape[1] // 2)
         tensors = (a, b, table, distance, weight, edges.graph.source, edges.graph.target)
         arrays = [tensor.detach().contiguous().numpy() for tensor in tensors]
-        arrays.insert(3, arrays[0].dtype.type(inverse_spacing))
+        arrays.append(arrays[0].dtype.type(inverse_spacing))
         out = np.zeros((len(a), a.shape[1] // 2), arrays[0].dtype)
         run_parts(forward, edges.first_edge, lambda part: (*arrays, out))
         ctx.arrays, ctx.first_edge = arrays, edges.first_edge
@@ -313,15 +300,14 @@ class _MessageSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        a, b, table, _, distance, weight, *_ = ctx.arrays
+        a, b, table, distance, weight, *_ = ctx.arrays
         rows = len(table) if ctx.needs_input_grad[2] else 0
         grad_table = np.zeros((len(ctx.first_edge) - 1, rows, table.shape[1]), table.dtype)  # one slab per thread
         grad_a, grad_b, grad_distance, grad_weight = map(np.zeros_like, (a, b, distance, weight))
         arrays = (*ctx.arrays, grad.contiguous().numpy(), grad_a, grad_b)
         run_parts(ctx.kernel, ctx.first_edge, lambda part: (*arrays, grad_table[part], grad_distance, grad_weight))
-        table_grad = torch.from_numpy(grad_table.sum(axis=0)) if rows else None
-        grads = [torch.from_numpy(array) for array in (grad_a, grad_b, grad_distance, grad_weight)]
-        return grads[0], grads[1], table_grad, grads[2], grads[3], None, None
+        grads = (grad_a, grad_b, grad_table.sum(axis=0) if rows else None, grad_distance, grad_weight)
+        return *(array if array is None else torch.from_numpy(array) for array in grads), None, None
 
 
 def message_sum(

@@ -20,14 +20,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import combinations, permutations
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from contsp_core.crystals import Crystals
+from contsp_core.crystals import Crystals
 
 TOLERANCE = 1e-5  # relative to (shortest lattice vector)²: metric entries closer than that count as equal
 MAX_ITERATIONS = 200  # of each preparatory reduction; they take as many as the logarithm of the skewness
@@ -128,8 +126,7 @@ def _metric(vectors: Tensor) -> Tensor:
 
 def _is_strictly_reduced(cell: Tensor) -> Tensor:
     """Whether all Niggli inequalities hold by more than the tolerance, so that no other basis comes close."""
-    metric = _metric(cell)
-    (a2, b2, c2), scalar = metric[:3], metric[3:]
+    (a2, b2, c2), scalar = _metric(cell).split(3)
     margin = TOLERANCE * a2
     size = 2 * scalar.abs()
     acute = (scalar > margin).all(0)
@@ -162,16 +159,12 @@ def _is_resolved(basis: Tensor, cell: Tensor) -> Tensor:
     error = (reduced - basis[..., :3]).abs().amax((1, 2))
     volume = (reduced[:, 0] * torch.linalg.cross(reduced[:, 1], reduced[:, 2])).sum(-1).abs()
     exact_integers = basis[..., 3:].abs().amax((1, 2)) < 2**52
-    resolved = exact_integers & (error < MAX_ERROR * lengths.amin(-1)) & (volume > MIN_FILLING * lengths.prod(-1))
-    return resolved.view(-1, 1, 1)
+    small = (error < MAX_ERROR * lengths.amin(-1)) & (volume > MIN_FILLING * lengths.prod(-1))
+    return (exact_integers & small).view(-1, 1, 1)
 
 
 def _size_reduce(basis: Tensor) -> Tensor:
-    """Shorten b by a, and c by a and b, until nothing gets shorter.
-
-    Args:
-        basis: (n, 3, 6), each row a vector and, beside it, its integer coordinates in the original basis.
-    """
+    """Shorten b by a, and c by a and b, while that helps; basis (n, 3, 6): vectors beside their integer coordinates."""
     for _ in range(MAX_ITERATIONS):
         norms = basis[..., :3].square().sum(-1)
         order = norms.argsort(-1)
@@ -233,11 +226,9 @@ def _sign_change(metric: Tensor, margin: Tensor) -> Tensor:
 
     A scalar product within the margin counts as zero, which leaves the sign of one vector free to serve the other two.
     """
-    size = metric[:, 3:].abs()
-    zero = size <= margin
+    zero = metric[:, 3:].abs() <= margin
     d, e, f = torch.where(metric[:, 3:] > margin, 1.0, -1.0).to(metric).unbind(-1)
-    acute = ~zero.any(-1) & (d * e * f > 0)
-    wanted = torch.where(acute, 1.0, -1.0).to(metric)
+    wanted = torch.where(~zero.any(-1) & (d * e * f > 0), 1.0, -1.0).to(metric)  # +1: acute
     sign_b, sign_c = wanted * f, wanted * e
     sign_b = torch.where(zero[:, 2], wanted * d * sign_c, sign_b)
     sign_c = torch.where(zero[:, 1] & ~zero[:, 2], wanted * d * sign_b, sign_c)
@@ -262,11 +253,10 @@ def _tables(device: torch.device) -> dict[str, Tensor]:
     entries = np.array([8 * i, 8 * j, 8 * k, 7 * j + k, 7 * i + k, 7 * i + j])
     selling = []
     for first, second in pairs:
-        step = np.eye(4)
-        step[:, first] = [1.0 if row not in (first, second) else 0.0 for row in range(4)]
-        step[first, first] = -1.0
-        hand = np.linalg.det(step[:3] @ np.vstack([np.eye(3), -np.ones(3)]))
-        selling.append(step * round(hand))
+        step = -np.eye(4)  # minus Selling's step, which turns the hand
+        step[:, first] = -1.0
+        step[[first, second], first] = 1.0, 0.0
+        selling.append(step)
     tables = {"sums": sums, "bases": np.concatenate([np.zeros((1, 3, 7)), bases]), "selling": [*selling, np.eye(4)]}
     indices = {"entries": entries, "pairs": [4 * first + second for first, second in pairs]}
     return {name: torch.tensor(np.array(table), device=device) for name, table in (tables | indices).items()}

@@ -345,6 +345,18 @@ def test_table_names_the_crystal(structures: list[Structure]) -> None:
     assert table["material_id"].tolist() == ["Cu"] and table["index"].tolist() == [2] and table["n_checked"].item() == 3
 
 
+def test_the_worst_verdict_comes_before_the_largest_change() -> None:
+    batch = disordered(2)
+    steep = batch[0]
+
+    def energy(crystals: Crystals) -> torch.Tensor:
+        is_first = crystals.sum_atoms(crystals.atomic_numbers) == int(steep.atomic_numbers.sum())
+        return torch.where(is_first, 1e9 * crystals.density, 0.1 * (crystals.density < 0.05))
+
+    row = audit(energy, batch, checks=["volume"], progress=False).iloc[0]
+    assert row["verdict"] == "jump" and row["index"] == 1 and row["max_change"] == pytest.approx(0.1)
+
+
 def test_same_seed_same_table(structures: list[Structure]) -> None:
     first, second, other = (audit(smooth_energy, structures, seed, progress=False) for seed in (0, 0, 1))
     pd.testing.assert_frame_equal(first, second)

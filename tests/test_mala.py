@@ -18,10 +18,10 @@ from test_energy import small_model
 from torch import Tensor
 
 from contsp_core import Crystals, mala
-from contsp_core.lattice import niggli, niggli_reduce
+from contsp_core.lattice import deform, niggli, niggli_reduce
 from contsp_core.mala import AnnealConfig, Move, anneal, mala_init, mala_step
 from contsp_core.sampler import random_crystals
-from contsp_core.transformations import apply_orthogonal, change_basis, permute, random_rotations, shift_images
+from contsp_core.transformations import change_basis, permute, random_rotations, shift_images
 
 LOG_VOLUME = math.log(30.0)  # ln(Å³), centre of the volume energies
 WIDTH = 0.3  # of ln V
@@ -504,13 +504,13 @@ def test_strain_chains_of_one_solid_stay_one_solid(measure, monkeypatch):
     )
     reference = path(crystals, "strain", measure)
     monkeypatch.setattr(mala, "draw_move", coupled_draw(rotation, order))
-    coupled = path(apply_orthogonal(redescribed, rotation), "strain", measure)
+    coupled = path(deform(redescribed, rotation), "strain", measure)
     accepted = torch.stack([state.accepted for state in reference[1:]])
     assert 0.2 < accepted.double().mean() < 1
     for one, other in zip(reference, coupled, strict=True):
         assert torch.equal(one.accepted, other.accepted)
         torch.testing.assert_close(one.energy, other.energy, rtol=1e-8, atol=1e-8)
-        rotated = apply_orthogonal(one.crystals, rotation)
+        rotated = deform(one.crystals, rotation)
         permuted = Crystals(rotated.cell, rotated.positions[order], rotated.atomic_numbers[order], rotated.system_idx)
         assert_same_solid(permuted, other.crystals)
 

@@ -85,11 +85,11 @@ def test_the_callers_model_is_not_moved(model):
         ("NaCl", {}, "species is 'NaCl', expected a list"),
         (["NaXq"], {}, "element 'Xq' is unknown"),
         ([""], {}, "formula ''"),
-        (["Na0.5Cl"], {}, "formula 'Na0.5Cl' is empty or has fractional counts"),
-        ([[11, 101]], {}, "holds an unknown element"),
-        ([[]], {}, "is empty"),
-        ([[1.5]], {}, "cannot be read"),
-        ([26], {}, "species entry 26 cannot be read"),
+        (["Na0.5Cl"], {}, "formula 'Na0.5Cl' cannot be read"),
+        ([[11, 101]], {}, "expected a formula or numbers 1 … 100"),
+        ([[]], {}, r"species entry is \[\]"),
+        ([[1.5]], {}, r"species entry is \[1.5\]"),
+        ([26], {}, "species entry is 26"),
     ],
 )
 def test_requests_without_sense_are_refused_in_one_line(species, options, message):
