@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,20 @@ def load_model(name_or_path: str | Path, device: str | torch.device | None = Non
     except UNREADABLE as error:
         raise ValueError(f"checkpoint {path} does not fit its own configuration: {_one_line(error)}") from None
     return model.to(device or "cpu").eval().requires_grad_(False)
+
+
+def model_card(name_or_path: str | Path) -> str:
+    """The header of a checkpoint as a Markdown table."""
+    rows, todo = [], list(read_settings(name_or_path).items())
+    while todo:
+        name, value = todo.pop(0)
+        if isinstance(value, dict):
+            todo[:0] = [(f"{name}.{key}", item) for key, item in value.items()]
+        else:
+            rows.append(f"| {name} | {value} |")
+    return "\n".join(
+        [f"# {find_checkpoint(name_or_path).name}\n", "| setting | value |", "| --- | --- |", *sorted(rows)]
+    )
 
 
 def _one_line(error: Exception) -> str:

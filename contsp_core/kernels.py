@@ -69,31 +69,23 @@ def _search(first, last, cell, frac, positions, reach, cutoff, first_atom, sourc
 
 
 @njit(**FAST)
-def _lengths(first, last, cell, positions, system_idx, source, target, image, vector, out):
+def _vectors(first, last, system_idx, source, target, image, cell, positions, vector):
     for e in range(first, last):
         i, j, s = source[e], target[e], system_idx[source[e]]
-        square = positions.dtype.type(0)
         for x in range(3):
-            r = positions[j, x] - positions[i, x]
-            r += image[e, 0] * cell[s, 0, x] + image[e, 1] * cell[s, 1, x] + image[e, 2] * cell[s, 2, x]
-            vector[e, x] = r
-            square += r * r
-        out[e] = np.sqrt(square)
+            translation = image[e, 0] * cell[s, 0, x] + image[e, 1] * cell[s, 1, x] + image[e, 2] * cell[s, 2, x]
+            vector[e, x] = positions[j, x] - positions[i, x] + translation
 
 
 @njit(**FAST)
-def _lengths_backward(first, last, system_idx, source, target, image, vector, length, grad, g_cell, g_positions):
+def _vectors_backward(first, last, system_idx, source, target, image, grad_cell, grad_positions, grad):
     for e in range(first, last):
-        if length[e] == 0:  # two atoms at one point: |r| has no gradient there, zero is its symmetric choice
-            continue
         i, j, s = source[e], target[e], system_idx[source[e]]
-        scale = grad[e] / length[e]
         for x in range(3):
-            g = scale * vector[e, x]
-            g_positions[j, x] += g
-            g_positions[i, x] -= g
+            grad_positions[j, x] += grad[e, x]
+            grad_positions[i, x] -= grad[e, x]
             for y in range(3):
-                g_cell[s, y, x] += image[e, y] * g
+                grad_cell[s, y, x] += image[e, y] * grad[e, x]
 
 
 @lru_cache
@@ -142,29 +134,28 @@ def build_edges(crystals: Crystals, cutoff: Tensor) -> EdgeList:
     return EdgeList(Graph(*map(torch.from_numpy, found)), first_edge[np.concatenate([[0], shares, [n_systems]])])
 
 
-class _EdgeLengths(torch.autograd.Function):
+class _EdgeVectors(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cell, positions, system_idx, edges):
-        tensors = (cell, positions, system_idx, edges.graph.source, edges.graph.target, edges.graph.image)
-        arrays = [tensor.detach().numpy() for tensor in tensors]
-        n_edges, dtype = len(edges.graph.source), arrays[0].dtype
-        arrays += [np.empty((n_edges, 3), dtype), np.empty(n_edges, dtype)]
-        run_parts(_lengths, edges.first_edge, lambda part: arrays)
-        ctx.arrays, ctx.first_edge = arrays, edges.first_edge
-        return torch.from_numpy(arrays[-1])
+        ctx.edges, ctx.crystals = edges, [cell.detach().numpy(), positions.detach().numpy()]
+        ctx.graph = [
+            tensor.numpy() for tensor in (system_idx, edges.graph.source, edges.graph.target, edges.graph.image)
+        ]
+        vector = np.empty(ctx.graph[-1].shape, ctx.crystals[0].dtype)
+        run_parts(_vectors, edges.first_edge, lambda part: (*ctx.graph, *ctx.crystals, vector))
+        return torch.from_numpy(vector)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        grads = [np.zeros_like(array) for array in ctx.arrays[:2]]
-        arrays = (*ctx.arrays[2:], grad.contiguous().numpy(), *grads)
-        run_parts(_lengths_backward, ctx.first_edge, lambda part: arrays)
+        grads = [np.zeros_like(array) for array in ctx.crystals]
+        run_parts(_vectors_backward, ctx.edges.first_edge, lambda part: (*ctx.graph, *grads, grad.contiguous().numpy()))
         return *map(torch.from_numpy, grads), None, None
 
 
 def edge_lengths(crystals: Crystals, edges: EdgeList) -> Tensor:
     """(n_edges,) distances |x_j + k L − x_i|, Å, differentiable once in the cell and the positions."""
-    return _EdgeLengths.apply(crystals.cell, crystals.positions, crystals.system_idx, edges)
+    return _EdgeVectors.apply(crystals.cell, crystals.positions, crystals.system_idx, edges).norm(dim=1)
 
 
 def _sigmoid(x):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,30 +59,6 @@ def training_curves(history: pd.DataFrame, smooth: int = 1) -> Figure:
         if len(columns) > 1:
             ax.legend()
         ax.axis("on" if columns else "off")
-    return figure
-
-
-@styled
-def displacement_energy(table: pd.DataFrame) -> Figure:
-    """Energy against the displacement of one atom of a stable crystal (paper, Figure 2): one row a data set.
-
-    Args:
-        table: columns ``dataset``, ``material`` (one panel each), ``displacement`` (its length, Å), ``energy``; a row
-            with displacement 0 marks the undisturbed crystal.
-    """
-    _require(table, "dataset", "material", "displacement", "energy")
-    rows = [(name, list(part.groupby("material", sort=False))) for name, part in table.groupby("dataset", sort=False)]
-    figure, axes = new_figure(len(rows), max(len(crystals) for _, crystals in rows), size=(2.5, 2.1))
-    for (dataset, crystals), row, color in zip(rows, axes, itertools.cycle(COLORS)):
-        for (material, part), ax in zip(crystals, row):
-            ax.scatter(part["displacement"], part["energy"], s=5, color=color, alpha=0.45, lw=0, rasterized=True)
-            for energy in part.loc[part["displacement"] == 0, "energy"].head(1):
-                ax.axhline(energy, color="0.3", lw=0.8, ls="--")
-            ax.set(title=material, xlim=(0, None), xlabel="|displacement| (Å)")
-            ax.ticklabel_format(axis="y", useOffset=False)
-        for ax in row[len(crystals) :]:
-            ax.axis("off")
-        row[0].set_ylabel(f"{dataset}\n{ENERGY}")
     return figure
 
 
@@ -146,37 +122,4 @@ def energy_comparison(
     ax.set(xlabel="reference energy (dimensionless)", ylabel="sample energy (dimensionless)")
     if matched is not None:
         ax.legend(markerscale=math.sqrt(12 / size))
-    return figure
-
-
-@styled
-def continuity_figure(profiles: Mapping[str, pd.DataFrame]) -> Figure:
-    """Largest energy change against the size δ of a displacement, log-log: a continuous energy falls, a jump stays.
-
-    Args:
-        profiles: for each line its label, and arrays ``.delta`` (Å; only its size is drawn) and ``.change`` (|ΔE|).
-    """
-    figure, ((ax,),) = new_figure(size=(3.8, 2.9))
-    for color, (label, profile) in zip(itertools.cycle(COLORS), profiles.items()):
-        delta, change = np.abs(profile.delta), np.asarray(profile.change)
-        order = np.argsort(delta)
-        order = order[change[order] > 0]  # a change of exactly 0 has no place on a log axis
-        ax.loglog(delta[order], change[order], "o-", ms=3, color=color, label=label)
-    ax.set(xlabel="displacement δ (Å)", ylabel="max |ΔE| (dimensionless)")
-    ax.legend()
-    return figure
-
-
-@styled
-def energy_profile(profiles: Mapping[str, pd.DataFrame]) -> Figure:
-    """Energy along a path through δ = 0, one panel for each title: a jump at 0 shows as a broken curve."""
-    figure, axes = new_figure(1, len(profiles), size=(2.9, 2.4))
-    for ax, color, (title, profile) in zip(axes[0], itertools.cycle(COLORS), profiles.items()):
-        delta, energy = np.asarray(profile.delta), np.asarray(profile.energy)
-        for side in (delta < 0, delta > 0):
-            ax.plot(delta[side], energy[side], ".-", ms=3, color=color)
-        ax.axvline(0, color="0.3", lw=0.8, ls="--")
-        ax.set(title=title, xlabel="displacement δ (Å)")
-        ax.ticklabel_format(axis="y", useOffset=False)
-    axes[0, 0].set_ylabel(ENERGY)
     return figure

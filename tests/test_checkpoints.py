@@ -267,3 +267,12 @@ def test_weights_that_do_not_fit_their_configuration_are_refused(saved, name, te
 )
 def test_settings_that_make_no_sense_are_refused(saved, metadata):
     refused(rewritten(saved, {}, metadata), "unreadable settings|does not fit its own configuration")
+
+
+@pytest.mark.parametrize("name", ["perov5", "mp20", "mpts52", "prototypes"])
+def test_the_card_of_a_bundled_checkpoint_is_its_header_printed(name):
+    card = checkpoints.model_card(name)
+    assert card + "\n" == find_checkpoint(name).with_suffix(".md").read_text(encoding="utf-8")
+    settings = read_settings(name)
+    assert f"| data.blob_id | {settings['data']['blob_id']} |" in card
+    assert f"| energy.width | {settings['energy']['width']} |" in card

@@ -134,13 +134,6 @@ def test_training_curves_draw_the_quantities_that_are_there():
         plots.training_curves(pd.DataFrame({"x": [1]}))
 
 
-def test_displacement_figure_has_one_row_for_each_dataset():
-    figure = plots.displacement_energy(displacement_table())
-    titles = [ax.get_title() for ax in figure.axes if ax.collections]
-    assert titles == ["BaTiO3", "SrTiO3", "NaCl"]
-    assert figure.axes[0].get_gridspec().get_geometry() == (2, 2)
-
-
 def test_match_rate_is_drawn_in_percent_with_its_interval():
     curve = pd.DataFrame({"k": [1, 2], "match_rate": [0.2, 0.4], "low": [0.1, 0.3], "high": [0.3, 0.5]})
     ax = plots.match_rate_figure(curve).axes[0]
@@ -160,21 +153,6 @@ def test_energy_comparison_separates_matches():
     assert {part.get_label(): len(part.get_offsets()) for part in ax.collections} == {"match": 2, "no match": 1}
     with pytest.raises(ValueError, match="sample_energy has shape"):
         plots.energy_comparison([0, 1], [0])
-
-
-def test_continuity_is_drawn_on_log_axes_without_zeros():
-    profile = pd.DataFrame({"delta": [1e-3, -1e-2, 1e-4], "change": [3e-3, 3e-2, 0.0]})
-    ax = plots.continuity_figure({"energy": profile}).axes[0]
-    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
-    np.testing.assert_allclose(ax.lines[0].get_xdata(), [1e-3, 1e-2])
-
-
-def test_energy_profile_does_not_join_the_two_sides_of_a_jump():
-    profile = pd.DataFrame({"delta": [-0.2, -0.1, 0.1, 0.2], "energy": [0.0, 0.0, 1.0, 1.0]})
-    figure = plots.energy_profile({"CGCNN": profile, "continuous": profile})
-    assert [ax.get_title() for ax in figure.axes] == ["CGCNN", "continuous"]
-    below, above = figure.axes[0].lines[:2]
-    assert max(below.get_xdata()) < 0 < min(above.get_xdata())
 
 
 def test_missing_columns_are_named():

@@ -235,14 +235,9 @@ def _batches(model: ContinuousCGCNN, structures: Sequence[Structure]) -> Iterato
 def relax(
     model: ContinuousCGCNN, structures: Sequence[Structure], rng: Rng, n_steps: int = 50, noise: float = 0.3
 ) -> list[Structure]:
-    """A short chain from given structures: the model's own sampler, begun late.
+    """A short chain from each structure, with a generator each: the model's own sampler, begun late.
 
-    Args:
-        model: with noise levels, the chain begins at level ``noise`` (Å); without, at the last third of annealing.
-        structures: starting points.
-        rng: one generator for each structure.
-        n_steps: of the chain.
-        noise: Å.
+    With noise levels it begins at level ``noise`` (Å), without at the last third of annealing.
     """
     config = replace(sampling_config(model), n_steps=n_steps)
     if isinstance(config, DiffusionConfig):
@@ -256,14 +251,9 @@ def relax(
 
 
 def descend(model: ContinuousCGCNN, structures: Sequence[Structure], n_steps: int = 200) -> list[Structure]:
-    """Gradient descent of the energy in atoms and cell, each crystal with a step size of its own.
+    """Gradient descent of the energy in atoms and cell, ``n_steps`` gradients for each crystal.
 
     A step that raises the energy is undone and the next one is half as long; else the next one is a fifth longer.
-
-    Args:
-        model: any energy of a batch.
-        structures: starting points.
-        n_steps: energy gradients spent on each.
     """
     return [s for _, batch in _batches(model, structures) for s in _descend(model, batch, n_steps).to_structures()]
 

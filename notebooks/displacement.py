@@ -1,0 +1,80 @@
+"""How the energy answers when one atom of a crystal moves: the numbers behind the paper's Figure 2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from contsp_core.crystals import Crystals
+from contsp_core.invariance import as_energy
+
+Energy = Callable[[Crystals], Tensor]
+
+N_SHELLS = 5
+TOLERATED_SHARE = 0.01
+
+
+def displacement_scan(
+    energy: Energy, crystal: Crystals, atom: int, rng: torch.Generator, n_draws: int = 1000, sigma: float = 0.05
+) -> pd.DataFrame:
+    """Energies of a crystal with one atom, and its periodic images, displaced by Gaussian noise (paper, Figure 2).
+
+    Args:
+        energy: maps a batch to (n_systems,) energies.
+        crystal: a batch of one, of at least two atoms: a lone atom can only be translated.
+        atom: index of the atom that moves.
+        rng: of the draws.
+        n_draws: number of displacements.
+        sigma: standard deviation of each Cartesian component, Å; the paper uses 0.05.
+
+    Returns:
+        Columns ``displacement`` (its length, Å) and ``energy``; the first row is the undisturbed crystal.
+
+    Raises:
+        ValueError: on more than one crystal, a crystal of one atom, an atom that does not exist, or a size ≤ 0.
+    """
+    n_atoms = len(crystal.positions)
+    if crystal.n_systems != 1 or n_atoms < 2:
+        raise ValueError(f"crystal is {crystal.n_systems} crystals of {n_atoms} atoms, expected 1 of at least 2")
+    if not 0 <= atom < n_atoms:
+        raise ValueError(f"atom is {atom}, expected 0 … {n_atoms - 1}")
+    if n_draws < 1 or not sigma > 0:
+        raise ValueError(f"n_draws is {n_draws} and sigma is {sigma}, expected both > 0")
+    draws = sigma * torch.randn(n_draws, 3, generator=rng, dtype=torch.float64)
+    draws = torch.cat([torch.zeros(1, 3, dtype=draws.dtype), draws])
+    copies = crystal.to(torch.float64)[[0] * len(draws)]
+    moved = copies.positions.clone()
+    moved[atom::n_atoms] += draws
+    energies = as_energy(energy)(copies.replace(positions=moved))
+    return pd.DataFrame({"displacement": draws.norm(dim=1), "energy": energies})
+
+
+def describe_response(scan: pd.DataFrame) -> dict[str, float | str]:
+    """Which of the two behaviours of the paper a scan shows.
+
+    The draws are sorted by the length of the displacement and cut into five shells with equally many. The energy
+    ``only rises`` if the mean energy grows from the undisturbed crystal to the first shell and from shell to shell,
+    and at most 1 % of the draws lie below the undisturbed crystal. It ``only falls`` if the same holds for its
+    negative; everything else ``rises and falls``.
+
+    Returns:
+        ``share_above``: share of the draws above the undisturbed crystal; ``range``: largest minus smallest energy;
+        ``behaviour``.
+
+    Raises:
+        ValueError: with fewer draws than shells.
+    """
+    draws = scan.iloc[1:].sort_values("displacement")
+    if len(draws) < N_SHELLS:
+        raise ValueError(f"scan has {len(draws)} draws, expected at least {N_SHELLS}")
+    change = draws["energy"].to_numpy() - float(scan["energy"].iloc[0])
+    growth = np.diff([0.0, *(shell.mean() for shell in np.array_split(change, N_SHELLS))])
+    behaviour = "rises and falls"
+    for sign, name in ((1, "only rises"), (-1, "only falls")):
+        if (sign * growth > 0).all() and (sign * change > 0).mean() >= 1 - TOLERATED_SHARE:
+            behaviour = name
+    return {"share_above": float((change > 0).mean()), "range": float(np.ptp(scan["energy"])), "behaviour": behaviour}
