@@ -358,7 +358,23 @@ def test_a_csv_without_a_needed_column_is_named_with_its_columns(
         assert part in message
 
 
-UNFIT_IDS = ["", " ", ".", "..", "../up", "/", "/etc/x", "a/b", "a\\b", ".hidden", "a\0b", "a\nb", "x" * 201, "é" * 101]
+UNFIT_IDS = [
+    "",
+    " ",
+    "a ",
+    ".",
+    "..",
+    "../up",
+    "/",
+    "/etc/x",
+    "a/b",
+    "a\\b",
+    ".hidden",
+    "a\0b",
+    "a\nb",
+    "x" * 201,
+    "é" * 101,
+]
 
 
 @pytest.mark.parametrize("material_id", UNFIT_IDS, ids=repr)
