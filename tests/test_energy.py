@@ -18,6 +18,7 @@ from torch import Tensor
 from contsp_core import Crystals
 from contsp_core.energy import PRESETS, ContinuousCGCNN, EnergyConfig, energy_and_gradient
 from contsp_core.graph import build_graph, cutoff_radius
+from contsp_core.invariance import audit
 
 SMALL = EnergyConfig(width=8, n_conv=2, n_fc=3, n_basis=8)
 NOISY = replace(SMALL, spectral_norm=False, noise_min=0.02, noise_max=2.0)
@@ -306,3 +307,11 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(change, preset, message
     with pytest.raises(ValueError, match=message) as error:
         ContinuousCGCNN.from_public_weights(weights, preset)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", [NOISY, RESIDUAL], ids=["noise levels", "residual"])
+def test_other_forms_pass_the_audit(config):
+    """What the paper's form must satisfy: every re-description within 1e-9, no jump on any path."""
+    table = audit(small_model(config), random_batch()[[1, 2, 4]], progress=False)
+    assert set(table["verdict"]) <= {"invariant", "continuous", "below rounding", "impossible"}
+    assert (table.loc[table["kind"] != "continuity", "max_change"] < 1e-9).all()

@@ -760,8 +760,7 @@ def test_torchrun_trains_as_one_process_does(tmp_path):
         assert {name: float(x) for name, x in row.items()} == pytest.approx(
             {n: float(x) for n, x in expected.items()}, rel=1e-3
         )
-    first = initial_model(prototypes(5), preset("prototypes")[0], 0)
-    for found, expected, start in zip(
-        load_model(two.output).parameters(), load_model(one.output).parameters(), first.parameters()
-    ):
-        assert (found - expected).norm() <= 0.05 * (expected - start).norm() + 1e-12
+    models = (load_model(two.output), load_model(one.output), initial_model(prototypes(5), preset("prototypes")[0], 0))
+    found, expected, start = (nn.utils.parameters_to_vector(model.parameters()) for model in models)
+    # taken together: the first steps of Adam are as long for a gradient that is nothing but rounding, as of the last bias
+    assert (found - expected).norm() <= 0.02 * (expected - start).norm()
