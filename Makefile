@@ -71,7 +71,7 @@ notebooks: $(INSTALLED)
 	    --ExecutePreprocessor.store_widget_state=False $(NOTEBOOKS)
 
 $(DATASETS:%=train-%): train-%: $(INSTALLED)
-	$(BIN)/python -m contsp_core.training --dataset $* --seed $(SEED)
+	$(BIN)/python -m contsp_core.training --dataset $* --seed $(SEED) --resume
 
 $(DATASETS:%=evaluate-%): evaluate-%: $(INSTALLED)
 	mkdir -p runs/$*

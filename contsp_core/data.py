@@ -387,6 +387,11 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name itself
+    finally:
+        os.close(folder)
 
 
 def _one_line(error: Exception | str) -> str:

@@ -19,13 +19,12 @@ from torch import Tensor
 from contsp_core.crystals import Crystals, Rng
 from contsp_core.energy import ContinuousCGCNN, EnergyConfig, energy_and_gradient, strain_gradient
 from contsp_core.lattice import apply_strain, niggli
+from contsp_core.mala import check_positive
 
 DIFFERENCE_STEP = (
     0.02  # of the noise; with 0.1 sharp features of the energy go unseen, and the loss at large σ runs away
 )
-LARGEST_STRAIN = (
-    0.5  # of one sampling step; a trained energy does not reach it, chains of an untrained one stay finite
-)
+LARGEST_STRAIN = 0.5  # of one sampling step; a trained energy does not reach it, chains of an untrained one stay finite
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,14 @@ class DiffusionConfig:
     anneal_share: float = 0.0  # of the steps, spent cooling the energy at the model's default level
     anneal_step: float = 0.3  # of Langevin dynamics, in units of σ²
     temperature_last: float = 0.1  # cooled from 1, at which the density is the learned one
+
+    def __post_init__(self) -> None:
+        check_positive(self, "n_steps", "anneal_step", "temperature_last")
+        if self.noise_first is not None:
+            check_positive(self, "noise_first")
+        for name in ("noise_scale", "anneal_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a number from 0 to 1")
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ of the chain on solids does not depend on the cell, the orientation or the order
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -67,6 +68,22 @@ class AnnealConfig:
     proposal: Proposal = "cartesian"
     measure: Measure = "cartesian"
     cell_step_ratio: float = 1.0  # η_c / η; the paper moves cell and atoms with one step size
+
+    def __post_init__(self) -> None:
+        check_positive(self, *(name for name in self.__dataclass_fields__ if name not in ("proposal", "measure")))
+        for name, allowed in (("proposal", get_args(Proposal)), ("measure", get_args(Measure))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+
+
+def check_positive(config: object, *names: str) -> None:
+    """Refuse settings that are not positive and finite, or a number of steps that is no integer, in one line."""
+    for name in names:
+        value = getattr(config, name)
+        kind = int if name == "n_steps" else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
+            expected = "an integer ≥ 1" if kind is int else "a positive number"
+            raise ValueError(f"{name} is {value!r}, expected {expected}")
 
 
 def mala_init(energy: Energy, crystals: Crystals) -> ChainState:

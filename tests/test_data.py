@@ -218,7 +218,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Path, "replace", lambda source, target: (events.append("rename"), rename(source, target)))
     write_whole(tmp_path / "new" / "file", lambda file: file.write(b"content"))
     assert (tmp_path / "new" / "file").read_bytes() == b"content"
-    assert events == ["fsync", "rename"]
+    assert events == ["fsync", "rename", "fsync"]  # the content, then the new name itself
 
 
 def test_prepared_arrays_load_without_pandas_and_pymatgen(folders: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.lj import LennardJones
+from displacement import describe_response, displacement_scan
 from hypothesis import given, settings
 from pymatgen.core import Lattice, Structure
 from strategies import crystals, generators
@@ -27,8 +28,6 @@ from contsp_core.invariance import (
     audit,
     continuity_profile,
     cross_cutoff,
-    describe_response,
-    displacement_scan,
     enlarge,
     overlap,
     rounding_noise,

@@ -18,6 +18,7 @@ from test_energy import small_model
 from torch import Tensor
 
 from contsp_core import Crystals, mala
+from contsp_core.diffusion import DiffusionConfig
 from contsp_core.lattice import deform, niggli, niggli_reduce
 from contsp_core.mala import AnnealConfig, Move, anneal, mala_init, mala_step
 from contsp_core.sampler import random_crystals
@@ -659,3 +660,21 @@ def test_an_unknown_proposal_is_refused():
     state = mala_init(volume_energy, batch_of(np.eye(3)[None] * 3, np.zeros((1, 1, 3)), 1))
     with pytest.raises(ValueError, match="proposal is 'langevin', expected 'cartesian' or 'strain'"):
         mala_step(volume_energy, state, torch.ones(1, 2), torch.ones(1), generator(), "langevin")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (AnnealConfig, {"n_steps": 0}, "n_steps is 0, expected an integer ≥ 1"),
+        (AnnealConfig, {"n_steps": 2.5}, "n_steps is 2.5, expected an integer"),
+        (AnnealConfig, {"step_last": math.nan}, "step_last is nan, expected a positive number"),
+        (AnnealConfig, {"temperature_first": -1.0}, "temperature_first is -1.0"),
+        (AnnealConfig, {"proposal": "langevin"}, "proposal is 'langevin', expected one of cartesian, strain"),
+        (DiffusionConfig, {"n_steps": True}, "n_steps is True"),
+        (DiffusionConfig, {"noise_scale": 1.5}, "noise_scale is 1.5, expected a number from 0 to 1"),
+        (DiffusionConfig, {"noise_first": 0.0}, "noise_first is 0.0"),
+    ],
+)
+def test_settings_without_sense_are_refused_in_one_line(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**options)

@@ -762,5 +762,5 @@ def test_torchrun_trains_as_one_process_does(tmp_path):
         )
     models = (load_model(two.output), load_model(one.output), initial_model(prototypes(5), preset("prototypes")[0], 0))
     found, expected, start = (nn.utils.parameters_to_vector(model.parameters()) for model in models)
-    # taken together: the first steps of Adam are as long for a gradient that is nothing but rounding, as of the last bias
+    # all weights together: where a gradient is nothing but rounding, as of the last bias, the steps of Adam are too
     assert (found - expected).norm() <= 0.02 * (expected - start).norm()
