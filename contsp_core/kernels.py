@@ -149,7 +149,8 @@ class _EdgeVectors(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         grads = [np.zeros_like(array) for array in ctx.crystals]
-        run_parts(_vectors_backward, ctx.edges.first_edge, lambda part: (*ctx.graph, *grads, grad.contiguous().numpy()))
+        arrays = (*ctx.graph, *grads, grad.contiguous().numpy())
+        run_parts(_vectors_backward, ctx.edges.first_edge, lambda part: arrays)
         return *map(torch.from_numpy, grads), None, None
 
 
