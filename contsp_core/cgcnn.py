@@ -13,19 +13,17 @@ from torch.nn.functional import softplus
 
 from contsp_core.crystals import MAX_ATOMIC_NUMBER, Crystals
 from contsp_core.graph import Graph, build_graph, edge_vectors
+from contsp_core.lattice import without_skew
 
 TYPICAL_N_NEIGHBORS = 100  # within 8 Å at 0.05 atoms per Å³
 
 
 class GatedConvolution(nn.Module):
-    """h′ᵢ = softplus(hᵢ + c Σ_j sigmoid(W_f z + b_f) ⊙ softplus(W_s z + b_s)), z = [hᵢ, h_j, φ(d)] (eq. 5).
-
-    The constant c, one over a typical number of neighbours, takes the place of batch normalisation.
-    """
+    """h′ᵢ = softplus(hᵢ + c Σ_j sigmoid(W_f z + b_f) ⊙ softplus(W_s z + b_s)), z = [hᵢ, h_j, φ(d)] (eq. 5)."""
 
     def __init__(self, n_features: int, n_basis: int, message_scale: float) -> None:
         super().__init__()
-        self.message_scale = message_scale
+        self.message_scale = message_scale  # c, one over a typical number of neighbours, not batch normalisation
         self.linear = nn.Linear(2 * n_features + n_basis, 2 * n_features)
 
     def forward(self, features: Tensor, basis: Tensor, graph: Graph) -> Tensor:
@@ -42,11 +40,7 @@ class CGCNN(nn.Module):
     Args:
         neighbors: "radius" (all within ``cutoff``) or "nearest" (the ``n_neighbors`` nearest of each atom; rounding
             chooses among equally distant ones, so the choice can depend on the description).
-        cutoff: radius of the graph, Å; for "nearest" it only fixes the range of the distance basis.
-        n_neighbors: for "nearest".
-        n_features: width of atom features and of the hidden layer.
-        n_basis: number of Gaussians on [0, cutoff].
-        n_convolutions: number of gated convolutions.
+        cutoff: radius of the graph, Å; for "nearest" it only fixes the range of the ``n_basis`` distance Gaussians.
         seed: of the random weights.
 
     Raises:
@@ -83,18 +77,15 @@ class CGCNN(nn.Module):
         """(n_systems,) the hard cutoff, Å."""
         return torch.full_like(crystals.volume, self.cutoff)
 
-    def graph(self, crystals: Crystals) -> Graph:
-        """The directed graph: source i, target j a neighbour of i."""
-        if self.neighbors == "radius":
-            return build_graph(crystals, self.cutoff_radius(crystals)).directed()
-        return nearest_neighbors(crystals, self.n_neighbors)
-
     def forward(self, crystals: Crystals) -> Tensor:
         """(n_systems,) energies, dimensionless, differentiable in cell and positions on a fixed graph."""
-        graph = self.graph(crystals)
+        crystals = without_skew(crystals)  # few images to search, whatever the description
+        if self.neighbors == "radius":
+            graph = build_graph(crystals, self.cutoff_radius(crystals)).directed()
+        else:
+            graph = nearest_neighbors(crystals, self.n_neighbors)
         distance = edge_vectors(crystals, graph).norm(dim=1, keepdim=True)
-        width = self.centers[1] - self.centers[0]
-        basis = torch.exp(-(((distance - self.centers) / width) ** 2))
+        basis = torch.exp(-(((distance - self.centers) / (self.centers[1] - self.centers[0])) ** 2))
         features = self.embedding(crystals.atomic_numbers)
         for convolution in self.convolutions:
             features = convolution(features, basis, graph)
@@ -104,16 +95,12 @@ class CGCNN(nn.Module):
 
 @torch.no_grad()
 def nearest_neighbors(crystals: Crystals, n_neighbors: int) -> Graph:
-    """Directed edges from every atom to its ``n_neighbors`` nearest atoms or images.
-
-    The search radius, common to the atoms of one crystal, grows until every atom has found enough.
-    """
+    """Directed edges from every atom to its ``n_neighbors`` nearest atoms or images."""
     radius = (n_neighbors * crystals.volume / crystals.n_atoms) ** (1 / 3)
-    while True:
+    while True:  # the radius, common to the atoms of one crystal, grows until every atom has found enough
         graph = build_graph(crystals, radius).directed()
         found = torch.bincount(graph.source, minlength=len(crystals.positions))
-        poor = torch.zeros_like(radius, dtype=torch.bool)
-        poor[crystals.system_idx[found < n_neighbors]] = True
+        poor = crystals.sum_atoms((found < n_neighbors).int()) > 0
         if not poor.any():
             break
         radius = torch.where(poor, 1.25 * radius, radius)

@@ -1,10 +1,9 @@
-"""Is an energy invariant to the description of a crystal, and continuous? And what does it do when one atom moves?
+"""Is an energy invariant to the description of a crystal, and does it change continuously with the crystal?
 
 Invariance: the energy before and after each entry of :data:`contsp_core.transformations.TRANSFORMATIONS`.
-Continuity: the change of the energy over shorter and shorter steps along each path of :data:`PROBES`. They lead through
-the places where graph-based energies tend to break, or search for a jump whose place is not known.
-Rounding: an energy computed in float32 changes by noise, whatever the step. The noise is measured, and a change below
-it is not called one. All geometry is in float64.
+Continuity: its change over shorter and shorter steps along each path of :data:`PROBES`, through the places where
+graph-based energies tend to break, or in search of a jump. Rounding: an energy computed in float32 changes by noise,
+whatever the step; the noise is measured, and a change below it is not called one. All geometry is in float64.
 """
 
 from __future__ import annotations
@@ -12,17 +11,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
+from ase import Atoms
 from torch import Tensor, nn
+from torch.nn.functional import normalize, one_hot
 from tqdm import tqdm
 
 from contsp_core.cgcnn import nearest_neighbors
 from contsp_core.crystals import Crystals, pack
 from contsp_core.graph import cutoff_radius, edge_vectors
+from contsp_core.lattice import deform
 from contsp_core.transformations import TRANSFORMATIONS, supercell
 
 if TYPE_CHECKING:
@@ -30,27 +33,22 @@ if TYPE_CHECKING:
     from pymatgen.core import Structure
 
 Energy = Callable[[Crystals], Tensor]
-Cutoff = float | Callable[[Crystals], Tensor] | None
-
-# Paths through the places where energies break
+DELTAS = torch.logspace(-1, -8, 8, dtype=torch.float64)  # Å
+MAX_ATOMS = 1024  # handled at a time (at least one crystal), which bounds the memory
+NOISE_STEP = 1e-5  # Å: 20 units in the last place of a float32 coordinate of 5 Å, too short for curvature to show
+MARGIN = 10.0  # times the rounding noise: what counts as a change
+VERDICTS = ("impossible", "below rounding", "invariant", "continuous", "changes", "jump", "infinite")  # best to worst
 
 
 @dataclass(frozen=True)
 class Path:
-    """A straight line of crystals, one per crystal of a batch: at δ, cell and positions of ``start`` + δ · velocity.
+    """A straight line of crystals, one per crystal of a batch: at δ, cell and positions of ``start`` + δ · velocity."""
 
-    Attributes:
-        start: the crystals at δ = 0, where the event is if ``grid`` is None.
-        cell: (n_systems, 3, 3) and ``positions`` (n_atoms_total, 3), velocities, Å per Å.
-        possible: (n_systems,) bool, whether the event could be set up; None for all.
-        grid: (n_points, n_systems) δ among which a jump is searched, Å.
-    """
-
-    start: Crystals
-    cell: Tensor
-    positions: Tensor
-    possible: Tensor | None = None
-    grid: Tensor | None = None
+    start: Crystals  # at δ = 0, where the event is if there is no grid
+    cell: Tensor  # (n_systems, 3, 3), velocity, Å per Å
+    positions: Tensor  # (n_atoms_total, 3), velocity, Å per Å
+    possible: Tensor | None = None  # (n_systems,) bool, whether the event could be set up; None for all
+    grid: Tensor | None = None  # (n_points, n_systems or 1) δ among which a jump is searched, Å
 
     def at(self, delta: Tensor) -> Crystals:
         """The crystals at δ (n_systems,), Å."""
@@ -59,29 +57,40 @@ class Path:
 
     def energies(self, function: Energy, deltas: Tensor) -> Tensor:
         """(n_points, n_systems) energies at ``deltas`` (n_points, n_systems or 1), Å."""
-        deltas = deltas.expand(-1, self.start.n_systems)
-        return function(Crystals.cat([self.at(delta) for delta in deltas])).view(len(deltas), -1)
+        crystals = Crystals.cat([self.at(delta.expand(self.start.n_systems)) for delta in deltas])
+        return function(crystals).view(len(deltas), -1)
 
 
 def cross_cutoff(crystals: Crystals, cutoff: Tensor, n_neighbors: int, rng: torch.Generator) -> Path:
-    """An atom passes the cutoff of another: their distance is R + δ."""
-    return _through_distance(crystals, cutoff, rng)
+    """An atom passes the cutoff of another: the distance of a random atom and one that is at about R is R + δ."""
+    first, axis = _random_atom(crystals, rng), torch.arange(-3.0, 4.0, dtype=torch.float64)
+    offset = crystals.frac_coords - crystals.to_atoms(crystals.frac_coords[first])
+    offset = (offset - offset.round())[:, None, :] + torch.cartesian_prod(axis, axis, axis)
+    vectors = offset @ crystals.to_atoms(crystals.cell)
+    lengths = vectors.norm(dim=2)
+    wrong = (lengths - crystals.to_atoms(cutoff)[:, None]).abs()
+    wrong = torch.where(lengths > 1e-3, wrong, torch.inf)  # coincident atoms have no direction
+    wrong[first] = torch.inf
+    error, image = wrong.min(dim=1)
+    second = _best_per_system(error, crystals)
+    vector, length = vectors[second, image[second]], lengths[second, image[second]]
+    return _moving_atom(crystals, second, vector / length[:, None], cutoff - length)
 
 
 def overlap(crystals: Crystals, cutoff: Tensor, n_neighbors: int, rng: torch.Generator) -> Path:
     """Two atoms pass through each other: their distance is |δ|."""
-    return _through_distance(crystals, 0 * cutoff, rng)
+    return cross_cutoff(crystals, 0 * cutoff, n_neighbors, rng)
 
 
 def approach(crystals: Crystals, cutoff: Tensor, n_neighbors: int, rng: torch.Generator) -> Path:
     """Two atoms come closer, from 0.5 Å down to 10⁻⁷ Å, in equal steps of the logarithm."""
-    distances = torch.logspace(-7, np.log10(0.5), 34, dtype=torch.float64)
-    return replace(_through_distance(crystals, 0 * cutoff, rng), grid=distances[:, None].expand(-1, len(crystals)))
+    grid = torch.logspace(-7, np.log10(0.5), 34, dtype=torch.float64)[:, None]
+    return replace(overlap(crystals, cutoff, n_neighbors, rng), grid=grid)
 
 
 def strain(crystals: Crystals, cutoff: Tensor, n_neighbors: int, rng: torch.Generator) -> Path:
     """A random homogeneous strain moves the farthest lattice vector by δ, from a pair of atoms at the cutoff."""
-    start, direction = _through_distance(crystals, cutoff, rng).start, crystals.random_cells(rng)
+    start, direction = cross_cutoff(crystals, cutoff, n_neighbors, rng).start, crystals.random_cells(rng)
     return _deforming(start, direction / (start.cell @ direction).norm(dim=2).amax(dim=1)[:, None, None])
 
 
@@ -98,8 +107,7 @@ def thin_cell(crystals: Crystals, cutoff: Tensor, n_neighbors: int, rng: torch.G
     normal = crystals.cell[torch.arange(len(crystals)), axis] / length[:, None]
     along = normal[:, :, None] * normal[:, None, :]
     stretch = (cutoff / (6 * length))[:, None, None]
-    across = torch.eye(3, dtype=torch.float64) - along
-    plate = _deforming(crystals, (stretch - 1) * along + (stretch.rsqrt() - 1) * across).at(torch.ones_like(length))
+    plate = deform(crystals, stretch * along + stretch.rsqrt() * (torch.eye(3, dtype=torch.float64) - along))
     return _deforming(plate, along / cutoff[:, None, None])
 
 
@@ -111,24 +119,20 @@ def swap_neighbors(crystals: Crystals, cutoff: Tensor, n_neighbors: int, rng: to
     noise = 0.03 * crystals.to_atoms(crystals.density.pow(-1 / 3))[:, None] * crystals.random_atoms(rng)
     crystals = crystals.replace(positions=crystals.positions + noise)  # no ties left
     graph = nearest_neighbors(crystals, n_neighbors + 1)
-    near = torch.arange(len(crystals.positions)) * (n_neighbors + 1) + n_neighbors - 1
-    far = near + 1
-    vector = edge_vectors(crystals, graph)
-    distance = vector.norm(dim=1)
-    free = (graph.target[far] != graph.source[far]) & (graph.target[far] != graph.target[near])
-    gap = torch.where(free, distance[far] - distance[near], torch.inf)
-    chosen = _best_per_system(gap, crystals)
-    possible, edge = free[chosen], far[chosen]
-    closer = torch.where(possible, -gap[chosen], 0.0)
-    path = _moving_atom(crystals, graph.target[edge], vector[edge] / distance[edge, None], closer)
-    return replace(path, possible=possible)
+    vectors = edge_vectors(crystals, graph).view(-1, n_neighbors + 1, 3)
+    near, far = graph.target.view(-1, n_neighbors + 1)[:, -2:].unbind(dim=1)
+    gap = vectors.norm(dim=2)[:, -1] - vectors.norm(dim=2)[:, -2]
+    free = (far != torch.arange(len(far))) & (far != near)
+    atom = _best_per_system(torch.where(free, gap, torch.inf), crystals)
+    path = _moving_atom(crystals, far[atom], normalize(vectors[atom, -1], dim=1), -gap[atom])
+    return replace(path, possible=free[atom])
 
 
 def wander(crystals: Crystals, cutoff: Tensor, n_neighbors: int, rng: torch.Generator) -> Path:
     """A random atom moves in a random direction, by half an Å to either side."""
-    direction = torch.randn(len(crystals), 3, generator=rng, dtype=torch.float64)
-    path = _moving_atom(crystals, _random_atom(crystals, rng), direction / direction.norm(dim=1, keepdim=True))
-    return replace(path, grid=torch.linspace(-0.5, 0.5, 21, dtype=torch.float64)[:, None].expand(-1, len(crystals)))
+    direction = normalize(torch.randn(len(crystals), 3, generator=rng, dtype=torch.float64), dim=1)
+    path = _moving_atom(crystals, _random_atom(crystals, rng), direction)
+    return replace(path, grid=torch.linspace(-0.5, 0.5, 21, dtype=torch.float64)[:, None])
 
 
 PROBES: dict[str, Callable[[Crystals, Tensor, int, torch.Generator], Path]] = {
@@ -143,12 +147,10 @@ PROBES: dict[str, Callable[[Crystals, Tensor, int, torch.Generator], Path]] = {
 }
 
 
-def enlarge(crystals: Crystals, min_atoms: int = 4) -> Crystals:
-    """Repeat each crystal along its shortest lattice vector until it has ``min_atoms``: single atoms can then move."""
-    matrices = torch.eye(3, dtype=torch.int64).repeat(len(crystals), 1, 1)
-    shortest = crystals.cell.norm(dim=2).argmin(dim=1)
-    matrices[torch.arange(len(crystals)), shortest, shortest] = -(-min_atoms // crystals.n_atoms)
-    return supercell(crystals, matrices)
+def enlarge(crystals: Crystals) -> Crystals:
+    """Repeat each crystal along its shortest lattice vector until it has four atoms: single atoms can then move."""
+    shortest = one_hot(crystals.cell.norm(dim=2).argmin(dim=1), 3)
+    return supercell(crystals, torch.diag_embed(1 + (3 // crystals.n_atoms)[:, None] * shortest))
 
 
 def _deforming(crystals: Crystals, direction: Tensor) -> Path:
@@ -158,25 +160,8 @@ def _deforming(crystals: Crystals, direction: Tensor) -> Path:
 
 def _moving_atom(crystals: Crystals, atom: Tensor, direction: Tensor, offset: Tensor | None = None) -> Path:
     """One atom per crystal moves along a unit vector (n_systems, 3); at δ = 0 it is moved by ``offset`` already."""
-    velocity = torch.zeros_like(crystals.positions).index_add(0, atom, direction)
-    path = Path(crystals, torch.zeros_like(crystals.cell), velocity)
+    path = Path(crystals, 0 * crystals.cell, torch.zeros_like(crystals.positions).index_add(0, atom, direction))
     return path if offset is None else replace(path, start=path.at(offset))
-
-
-def _through_distance(crystals: Crystals, distance: Tensor, rng: torch.Generator) -> Path:
-    """The atom that is at about this distance (n_systems,) from a random one moves away from it; at it for δ = 0."""
-    first, axis = _random_atom(crystals, rng), torch.arange(-3.0, 4.0, dtype=torch.float64)
-    offset = crystals.frac_coords - crystals.to_atoms(crystals.frac_coords[first])
-    offset = (offset - offset.round())[:, None, :] + torch.cartesian_prod(axis, axis, axis)
-    vectors = offset @ crystals.to_atoms(crystals.cell)
-    lengths = vectors.norm(dim=2)
-    wrong = (lengths - crystals.to_atoms(distance)[:, None]).abs()
-    wrong = torch.where(lengths > 1e-3, wrong, torch.inf)  # coincident atoms have no direction
-    wrong[first] = torch.inf
-    error, image = wrong.min(dim=1)
-    second = _best_per_system(error, crystals)
-    vector, length = vectors[second, image[second]], lengths[second, image[second]]
-    return _moving_atom(crystals, second, vector / length[:, None], distance - length)
 
 
 def _random_atom(crystals: Crystals, rng: torch.Generator) -> Tensor:
@@ -186,18 +171,8 @@ def _random_atom(crystals: Crystals, rng: torch.Generator) -> Tensor:
 
 def _best_per_system(score: Tensor, crystals: Crystals) -> Tensor:
     """(n_systems,) index of the atom with the lowest score (n_atoms_total,) in each crystal."""
-    order = torch.argsort(score)
-    order = order[torch.argsort(crystals.system_idx[order], stable=True)]
-    return order[torch.cumsum(crystals.n_atoms, 0) - crystals.n_atoms]
-
-
-# The audit
-
-DELTAS = torch.logspace(-1, -8, 8, dtype=torch.float64)  # Å
-MAX_ATOMS = 1024  # handled at a time (at least one crystal), which bounds the memory
-NOISE_STEP = 1e-5  # Å: 20 units in the last place of a float32 coordinate of 5 Å, too short for curvature to show
-MARGIN = 10.0  # times the rounding noise: what counts as a change
-VERDICTS = ("impossible", "below rounding", "invariant", "continuous", "changes", "jump", "infinite")  # best to worst
+    best = torch.stack([scores.argmin() for scores in score.split(crystals.n_atoms.tolist())])
+    return torch.cumsum(crystals.n_atoms, 0) - crystals.n_atoms + best
 
 
 def audit(
@@ -206,7 +181,7 @@ def audit(
     seed: int = 0,
     *,
     checks: Sequence[str] | None = None,
-    cutoff: Cutoff = None,
+    cutoff: float | None = None,
     n_neighbors: int = 12,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -216,24 +191,20 @@ def audit(
         energy: a callable ``Crystals -> (n_systems,)``, energies per atom, or an ASE calculator, whose energy is
             divided by the number of atoms. A torch module is copied, cast to float64 and put in evaluation mode.
         structures: a batch, or pymatgen structures; ``material_id`` is read from their properties.
-        seed: of every random choice.
         checks: names from :data:`TRANSFORMATIONS` and :data:`PROBES`, all by default.
-        cutoff: radius (Å) at which the energy cuts its graph, or a function giving it, (n_systems,). By default what
-            the energy declares (``cutoff_radius(crystals)``; ``rc`` or ``cutoff`` of a calculator), else
-            3 (|det L| / N)^{1/3}.
+        cutoff: radius (Å) at which the energy cuts its graph. By default what the energy declares
+            (``cutoff_radius(crystals)``; ``rc`` or ``cutoff`` of a calculator), else 3 (|det L| / N)^{1/3}.
         n_neighbors: the probe of neighbour order swaps neighbours number ``n_neighbors`` and ``n_neighbors + 1``.
-        progress: whether to draw a progress bar on stderr.
 
     Returns:
         One row per check, about the crystal (``material_id``, ``index``) with the worst verdict and, among these, the
-        largest change: ``kind`` (re-description, congruent or continuity); ``verdict``; ``max_change``, its |ΔE| (for
-        probes over the shortest step, about 10⁻⁸ Å); ``floor``, what rounding may do to it: ten times
-        :func:`rounding_noise`, for transformations two hundred times or more; for probes ``lipschitz``, its largest
-        |ΔE|/δ (1/Å) above the floor, and ``exponent``, the x in |ΔE| ∝ δˣ over the shortest two steps above the floor
-        (1 or more for a slope, 0 at a jump); ``n_checked`` crystals. Verdicts: ``invariant``, or ``changes`` above the
-        floor; ``continuous``, or ``jump`` if the exponent is below 1/2; ``below rounding`` where none can be measured;
-        ``infinite``; ``impossible``. ``attrs`` holds the seed and the standard deviation of the energy over the
-        crystals, because an energy that is constant passes any audit.
+        largest change: ``kind`` (re-description, congruent or continuity); ``verdict``: ``invariant``, or ``changes``
+        above the floor; ``continuous``, or ``jump`` if the exponent is below 1/2; ``below rounding`` where none can be
+        measured; ``infinite``; ``impossible``; ``max_change``, |ΔE| (of probes over the shortest step, about 10⁻⁸ Å);
+        ``floor``, what rounding may do to it: 10 times :func:`rounding_noise`, for transformations 200 times or more;
+        for probes ``lipschitz``, the largest |ΔE|/δ (1/Å) above the floor, and ``exponent``, x in |ΔE| ∝ δˣ over the
+        shortest two steps above it; ``n_checked`` crystals. ``attrs`` holds the seed and ``energy_std``, the standard
+        deviation over the crystals, because a constant energy passes any audit.
 
     Raises:
         ValueError: on an unknown name or an energy of the wrong shape.
@@ -272,7 +243,7 @@ def continuity_profile(
     probe: str = "atom crosses the cutoff",
     seed: int = 0,
     *,
-    cutoff: Cutoff = None,
+    cutoff: float | None = None,
     n_neighbors: int = 12,
 ) -> pd.DataFrame:
     """The energy of one crystal along one path: columns ``delta`` (Å), ``energy`` and ``change``, |E(δ) − E(0)|.
@@ -301,7 +272,7 @@ def as_energy(energy: Energy | Calculator) -> Energy:
     if isinstance(energy, nn.Module):
         energy = copy.deepcopy(energy).double().eval().requires_grad_(False)
     elif hasattr(energy, "get_potential_energy"):
-        energy = _calculator_energy(energy)
+        energy = partial(_calculator_energy, energy)
     elif not callable(energy):
         raise ValueError(f"energy is {energy!r}, expected a function of Crystals or an ASE calculator")
 
@@ -321,10 +292,9 @@ def as_energy(energy: Energy | Calculator) -> Energy:
 def rounding_noise(function: Energy, crystals: Crystals, rng: torch.Generator) -> Tensor:
     """(n_systems,) standard deviation of the rounding error of an energy, at least one unit in its last place.
 
-    From fourth differences of the energy at twelve points 10⁻⁵ Å apart on a line of random direction: in them slope and
-    curvature cancel, and independent errors of size σ leave √70 σ (Hamming's difference table; see Moré & Wild, SIAM J.
-    Sci. Comput. 33, 1292 (2011)). The smaller of two lines, since one may cross a jump. A jump at its start is not
-    crossed, because the first point is left out.
+    From fourth differences at twelve points 10⁻⁵ Å apart on a random line: slope and curvature cancel in them, errors
+    of size σ leave √70 σ (Hamming's difference table; see Moré & Wild, SIAM J. Sci. Comput. 33, 1292 (2011)). The
+    smaller of two lines, since one may cross a jump; the first point is left out, so none at the start is crossed.
     """
     steps = NOISE_STEP * torch.arange(1.0, 13.0, dtype=torch.float64)[:, None]
     lines = [Path(crystals, crystals.random_cells(rng), crystals.random_atoms(rng)) for _ in range(2)]
@@ -351,14 +321,18 @@ def _amplification(crystals: Crystals) -> Tensor:
 
 
 def _continuity(function: Energy, path: Path, floor: Tensor, rng: torch.Generator) -> pd.DataFrame:
-    place, width, change = _around_zero(function, path) if path.grid is None else _search(function, path, floor)
+    if path.grid is None:  # the larger of |E(δ) − E(0)| and |E(0) − E(−δ)|
+        energies = path.energies(function, torch.cat([torch.zeros(1), DELTAS, -DELTAS])[:, None])
+        change = _size(energies[1:] - energies[0]).unflatten(0, (2, -1)).amax(dim=0)
+        place, width = torch.zeros_like(floor), DELTAS[:, None].expand_as(change)
+    else:
+        place, width, change = _search(function, path, floor)
     floor = torch.maximum(floor, MARGIN * rounding_noise(function, path.at(place), rng))
     visible = change > floor
-    last = ((visible[1:] & visible[:-1]) * torch.arange(1, len(change))[:, None]).amax(dim=0)  # with the one before it
-    system, before = torch.arange(len(floor)), (last - 1).clamp(min=0)
-    exponent = torch.log(change[before, system] / change[last, system])
-    exponent = exponent / torch.log(width[before, system] / width[last, system])
-    exponent = torch.where((last > 0) & exponent.isfinite(), exponent, torch.nan)
+    pairs = visible[1:] & visible[:-1]
+    last = (pairs * torch.arange(len(pairs))[:, None]).amax(dim=0)
+    exponent = (change.log().diff(dim=0) / width.log().diff(dim=0))[last, torch.arange(len(floor))]
+    exponent = torch.where(pairs.any(dim=0) & exponent.isfinite(), exponent, torch.nan)
     verdict = np.where(exponent < 0.5, "jump", np.where(exponent >= 0.5, "continuous", "below rounding"))
     verdict = np.where((change == torch.inf).any(dim=0), "infinite", verdict)
     lipschitz = torch.where(visible, change / width, 0).amax(dim=0)
@@ -368,19 +342,12 @@ def _continuity(function: Energy, path: Path, floor: Tensor, rng: torch.Generato
     return table.assign(verdict=np.where(possible, verdict, "impossible"))
 
 
-def _around_zero(function: Energy, path: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """The place 0; (n_deltas, n_systems) steps δ, and the larger of |E(δ) − E(0)| and |E(0) − E(−δ)|."""
-    energies = path.energies(function, torch.cat([torch.zeros(1), DELTAS, -DELTAS])[:, None])
-    outside, inside = _size(energies[1:] - energies[0]).split(len(DELTAS))
-    return torch.zeros_like(energies[0]), DELTAS[:, None].expand_as(outside), torch.maximum(outside, inside)
-
-
 def _search(function: Energy, path: Path, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Zoom into the step whose slope stands out most from those beside it, again and again: place, widths, |ΔE|.
 
     A jump that is small against the bending of the energy over one step of ``path.grid`` can be missed.
     """
-    grid, system = path.grid, torch.arange(len(floor))
+    grid, system = path.grid.expand(-1, len(floor)), torch.arange(len(floor))
     widths, changes = [], []
     for _ in DELTAS:
         step, width = path.energies(function, grid).diff(dim=0), grid.diff(dim=0)
@@ -420,27 +387,18 @@ def _as_batch(structures: Crystals | Structure | Iterable[Structure]) -> tuple[C
     return Crystals.from_structures(structures, dtype=torch.float64), names
 
 
-def _calculator_energy(calculator: Calculator) -> Energy:
-    """Energies per atom, one crystal after the other."""
-    from ase import Atoms
-
-    def per_atom(crystals: Crystals) -> Tensor:
-        positions = torch.split(crystals.positions, crystals.n_atoms.tolist())
-        units = zip(crystals.species, positions, crystals.cell)
-        atoms = [Atoms(numbers, xyz.numpy(), cell=cell.numpy(), pbc=True) for numbers, xyz, cell in units]
-        with np.errstate(all="ignore"):  # overlapping atoms: the infinity is reported
-            energies = [float(calculator.get_potential_energy(unit)) / len(unit) for unit in atoms]
-        return torch.tensor(energies, dtype=torch.float64)
-
-    return per_atom
+def _calculator_energy(calculator: Calculator, crystals: Crystals) -> Tensor:
+    """(n_systems,) energies per atom, one crystal after the other."""
+    units = zip(crystals.species, crystals.positions.split(crystals.n_atoms.tolist()), crystals.cell)
+    atoms = [Atoms(numbers, xyz.numpy(), cell=cell.numpy(), pbc=True) for numbers, xyz, cell in units]
+    with np.errstate(all="ignore"):  # overlapping atoms: the infinity is reported
+        energies = [float(calculator.get_potential_energy(unit)) / len(unit) for unit in atoms]
+    return torch.tensor(energies, dtype=torch.float64)
 
 
-def _cutoff(energy: Energy | Calculator, cutoff: Cutoff, crystals: Crystals) -> Tensor:
+def _cutoff(energy: Energy | Calculator, cutoff: float | None, crystals: Crystals) -> Tensor:
     if cutoff is None and hasattr(energy, "get_potential_energy"):
         cutoff = energy.parameters.get("rc") or energy.parameters.get("cutoff")
     if cutoff is None:
-        cutoff = getattr(energy, "cutoff_radius", cutoff_radius)
-    return cutoff(crystals) if callable(cutoff) else torch.full_like(crystals.volume, float(cutoff))
-
-
-# One atom moved
+        return getattr(energy, "cutoff_radius", cutoff_radius)(crystals)
+    return torch.full_like(crystals.volume, float(cutoff))

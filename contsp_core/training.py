@@ -322,10 +322,12 @@ class Job:
 
     @property
     def log(self) -> Path:
+        """A row an update."""
         return self.output.with_suffix(".csv")
 
     @property
     def state(self) -> Path:
+        """All that is needed to go on."""
         return self.output.with_suffix(".state")
 
     def check(self) -> None:

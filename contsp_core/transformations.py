@@ -30,9 +30,6 @@ class Transformation(NamedTuple):
     kind: str  # "re-description" or "congruent"
 
 
-# Congruent solids
-
-
 def translate(crystals: Crystals, rng: torch.Generator) -> Crystals:
     """Shift every crystal by its own vector, Gaussian with one cubic cell length per axis."""
     shift = torch.randn(len(crystals), 3, generator=rng, dtype=torch.float64).to(crystals.cell)
@@ -57,9 +54,6 @@ def random_rotations(n: int, rng: torch.Generator) -> Tensor:
     q, r = torch.linalg.qr(torch.randn(n, 3, 3, generator=rng, dtype=torch.float64))
     q = q * r.diagonal(dim1=1, dim2=2).sign()[:, None, :]  # makes the decomposition unique, and the law uniform
     return q * torch.linalg.det(q)[:, None, None]
-
-
-# Re-descriptions
 
 
 def permute(crystals: Crystals, rng: torch.Generator) -> Crystals:
@@ -100,17 +94,14 @@ def supercell(crystals: Crystals, matrices: Tensor) -> Crystals:
     """The same solids described by the cells L′ = M L, each with det M times as many atoms.
 
     Args:
-        crystals: the batch.
         matrices: (n_systems, 3, 3) or (3, 3) integers, det ≥ 1.
 
     Raises:
         ValueError: on a wrong shape, a non-integer matrix or a determinant below 1.
     """
     if matrices.is_floating_point() or matrices.shape[-2:] != (3, 3) or matrices.dim() not in (2, 3):
-        found = f"{matrices.dtype} {tuple(matrices.shape)}"
-        raise ValueError(f"matrices is {found}, expected integers of shape (n_systems, 3, 3)")
-    matrices = matrices.cpu()
-    matrices = matrices.long().expand(crystals.n_systems, 3, 3)
+        raise ValueError(f"matrices is {matrices.dtype} {tuple(matrices.shape)}, expected integers of shape (n, 3, 3)")
+    matrices = matrices.cpu().long().expand(crystals.n_systems, 3, 3)
     n_cells = torch.linalg.det(matrices.double()).round().long()
     if (n_cells < 1).any():
         raise ValueError(f"matrices holds one of determinant {int(n_cells.min())}, expected ≥ 1")
@@ -166,7 +157,6 @@ def primitive(crystals: Crystals, tolerance: float | None = None) -> Crystals:
     """The smallest description of every solid; atoms kept are not moved, handedness is kept.
 
     Args:
-        crystals: the batch.
         tolerance: Å, how far a translated atom may lie from the one it replaces; 1e-10 in float64 and 1e-4 in
             float32 by default: rounding only, because a looser one changes the solid.
     """
@@ -214,14 +204,6 @@ def _lattice_translations(
     return found
 
 
-def _niggli_of_random_basis(crystals: Crystals, rng: torch.Generator) -> Crystals:
-    return niggli(change_basis(crystals, rng))
-
-
-def _primitive_of_random_supercell(crystals: Crystals, rng: torch.Generator) -> Crystals:
-    return primitive(random_supercell(crystals, rng))
-
-
 def random_redescription(crystals: Crystals, rng: torch.Generator) -> Crystals:
     """Compose the re-descriptions in random order, each with probability ½ (a supercell of at most 4 cells)."""
     names = [name for name, entry in TRANSFORMATIONS.items() if entry.kind == "re-description" and "+" not in name]
@@ -246,7 +228,9 @@ TRANSFORMATIONS: dict[str, Transformation] = {
     "lattice images": Transformation(shift_images, "re-description"),
     "basis change": Transformation(change_basis, "re-description"),
     "supercell": Transformation(random_supercell, "re-description"),
-    "primitive cell": Transformation(_primitive_of_random_supercell, "re-description"),
-    "Niggli cell": Transformation(_niggli_of_random_basis, "re-description"),
+    "primitive cell": Transformation(
+        lambda crystals, rng: primitive(random_supercell(crystals, rng)), "re-description"
+    ),
+    "Niggli cell": Transformation(lambda crystals, rng: niggli(change_basis(crystals, rng)), "re-description"),
     "all re-descriptions + congruence": Transformation(random_congruent_redescription, "congruent"),
 }

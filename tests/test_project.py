@@ -110,7 +110,7 @@ def lines_of(paths: list[Path]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("folder", "max_modules", "max_lines"), [("contsp_core", 14, 4000), ("contsp_core/csp", 5, 1500)]
+    ("folder", "max_modules", "max_lines"), [("contsp_core", 14, 3900), ("contsp_core/csp", 5, 1500)]
 )
 def test_package_can_be_read_in_one_sitting(folder, max_modules, max_lines):
     paths = sorted((ROOT / folder).glob("*.py"))
