@@ -16,9 +16,10 @@ from strategies import make_cell
 from torch import Tensor
 
 from contsp_core import Crystals
-from contsp_core.energy import PRESETS, ContinuousCGCNN, EnergyConfig, energy_and_gradient
+from contsp_core.energy import PRESETS, ContinuousCGCNN, EnergyConfig, energy_and_gradient, strain_gradient
 from contsp_core.graph import build_graph, cutoff_radius
 from contsp_core.invariance import audit
+from contsp_core.lattice import niggli
 
 SMALL = EnergyConfig(width=8, n_conv=2, n_fc=3, n_basis=8)
 NOISY = replace(SMALL, spectral_norm=False, noise_min=0.02, noise_max=2.0)
@@ -315,3 +316,47 @@ def test_other_forms_pass_the_audit(config):
     table = audit(small_model(config), random_batch()[[1, 2, 4]], progress=False)
     assert set(table["verdict"]) <= {"invariant", "continuous", "below rounding", "impossible"}
     assert (table.loc[table["kind"] != "continuity", "max_change"] < 1e-9).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_skewed_cell_costs_no_more_than_its_reduced_one(path):
+    """Its own basis would have more images to search than any memory holds; the gradient belongs to the cell given."""
+    model = small_model()
+    model.use_kernels = PATHS[path]
+    cell = np.array([[4.0, 0, 0], [4000.0, 4, 0], [1e6, 5e5, 4]])
+    crystals = Crystals.from_arrays(cell[None], np.array([[0.3, 0.2, 0.1], [2, 2, 2]]), [[11, 17]], torch.float64)
+    value, grad_cell, grad_positions = energy_and_gradient(model, crystals)
+    reduced = niggli(crystals)
+    expected, reduced_cell, reduced_positions = energy_and_gradient(model, reduced)
+    torch.testing.assert_close(value, expected, rtol=1e-7, atol=1e-7)
+    strain = strain_gradient(crystals, grad_cell, grad_positions)
+    expected = strain_gradient(reduced, reduced_cell, reduced_positions)
+    torch.testing.assert_close(strain, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_filter_table_does_not_grow_with_an_empty_box():
+    """One atom in 1000 Å: the cutoff is 3000 Å, but beyond the reach of the basis the filter is constant."""
+    model, lengths = small_model(), []
+    crystals = Crystals.from_arrays(1000 * np.eye(3)[None], np.zeros((1, 3)), [[26]], torch.float64)
+    model.distance_expansion.register_forward_hook(lambda _, inputs, __: lengths.append(len(inputs[0])))
+    fused = model(crystals)
+    assert lengths and max(lengths) < 100_000
+    model.use_kernels = False
+    torch.testing.assert_close(fused, model(crystals), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 0}, "width is 0, expected an integer ≥ 1"),
+        ({"n_basis": 1}, "n_basis is 1, expected an integer ≥ 2"),
+        ({"cutoff_multiple": math.nan}, "cutoff_multiple is nan, expected a positive number"),
+        ({"density_weight": -1.0}, "density_weight is -1.0, expected a number ≥ 0"),
+        ({"form": "deep"}, "form is 'deep', expected 'paper' or 'residual'"),
+        ({"noise_min": 0.1}, r"noise_min, noise_max are \(0.1, None\)"),
+        ({"noise_min": 2.0, "noise_max": 1.0}, "0 < noise_min < noise_max"),
+    ],
+)
+def test_settings_without_sense_are_refused_in_one_line(options, message):
+    with pytest.raises(ValueError, match=message):
+        EnergyConfig(**options)
