@@ -26,7 +26,8 @@ from contsp_core.checkpoints import (
     save_checkpoint,
     write_tensors,
 )
-from contsp_core.diffusion import DiffusionConfig
+from contsp_core.data import choose, load_split
+from contsp_core.diffusion import DiffusionConfig, denoising_residual
 from contsp_core.energy import ContinuousCGCNN
 from contsp_core.mala import AnnealConfig
 
