@@ -522,6 +522,7 @@ def main(arguments: Sequence[str]) -> None:
     if state.stopped_by:
         print(f"stopped after {state.update} updates; --resume goes on", file=sys.stderr)
         raise SystemExit(128 + state.stopped_by)
+    print(f"{output} holds the average after {state.update} updates", file=sys.stderr)
 
 
 def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Checks for the parameters of a notebook, so that a wrong one stops it in its first cell.
+"""Checks for the parameters of a notebook, so that a wrong one stops it before any work.
 
 papermill only warns about a parameter that the notebook does not have, and takes any value. The cell after the
 ``parameters`` cell therefore reads::
