@@ -2,6 +2,7 @@
 #
 #   make demo      train and evaluate on the bundled crystals, figures; predict with a bundled checkpoint (minutes)
 #   make test      all tests, and every notebook executed again and compared (pytest --nbval)
+#   make test-gpu  what runs on a GPU against the numbers of the CPU, and the table of speeds
 #   make train-perov5, make evaluate-perov5 (also mp20, mpts52): the long jobs
 #
 # A machine without a GPU may save a large download with
@@ -29,7 +30,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONTSP_OUTPUT_DIR
 
 PAPERMILL = $(BIN)/papermill --cwd notebooks --log-level WARNING
 
-.PHONY: help venv demo test lint bench notebooks clean $(DATASETS:%=train-%) $(DATASETS:%=evaluate-%)
+.PHONY: help venv demo test test-gpu lint bench notebooks clean $(DATASETS:%=train-%) $(DATASETS:%=evaluate-%)
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -58,6 +59,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/pytest --nbval $(PYTEST_ARGS)
+
+test-gpu: $(INSTALLED)
+	$(BIN)/pytest -rs tests/test_gpu.py $(PYTEST_ARGS)
+	$(BIN)/pytest tests/benchmarks -o addopts= --benchmark-only -q
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from contsp_core.data import DATA_DIR, write_whole
+from contsp_core.data import DATA_DIR, retold, write_whole
 from contsp_core.diffusion import DiffusionConfig
 from contsp_core.energy import ContinuousCGCNN, EnergyConfig
 from contsp_core.mala import AnnealConfig
@@ -26,20 +26,15 @@ from contsp_core.sampler import sampling_config
 
 CHECKPOINTS = DATA_DIR / "checkpoints"
 FORMAT = "contsp-2"
-DTYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8"}  # of safetensors and numpy
-UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError, RecursionError)
+DTYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "U8": "|u1"}  # of safetensors and numpy
 
 
 def save_checkpoint(path: str | Path, model: ContinuousCGCNN, settings: dict[str, Any]) -> Path:
-    """Write the model, how it is sampled, and its settings; the file appears whole or not at all.
+    """Write the model, its configuration, how it is sampled, and settings; the file appears whole or not at all.
 
     Args:
-        path: ends in ``.safetensors``.
-        model: saved with its configuration.
+        path: ends in ``.safetensors``; a ValueError tells of another ending.
         settings: anything JSON can hold: data and training settings, seed, scores.
-
-    Raises:
-        ValueError: on another ending.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -51,17 +46,17 @@ def save_checkpoint(path: str | Path, model: ContinuousCGCNN, settings: dict[str
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file of float32, float64 and int64 tensors, with text metadata; whole on disk, or not at all."""
+    """A safetensors file of tensors of the types in ``DTYPES``, with text metadata; whole on disk, or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = metadata | {"format": FORMAT}
     header: dict[str, Any] = {"__metadata__": metadata | {"sha256": digest(tensors, metadata)}}
-    names, end = {np.dtype(dtype): name for name, dtype in DTYPES.items()}, 0
+    names, body = {np.dtype(dtype): name for name, dtype in DTYPES.items()}, bytearray()
     for name, array in ((name, tensor.numpy()) for name, tensor in tensors.items()):
-        start, end = end, end + array.nbytes
-        header[name] = {"dtype": names[array.dtype], "shape": array.shape, "data_offsets": [start, end]}
+        offsets = [len(body), len(body) + array.nbytes]
+        header[name] = {"dtype": names[array.dtype], "shape": array.shape, "data_offsets": offsets}
+        body += array.tobytes()
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    body = b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
     write_whole(path, lambda file: file.write(len(text).to_bytes(8, "little") + text + body))
 
 
@@ -75,12 +70,8 @@ def digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file of :func:`write_tensors`.
-
-    Raises:
-        ValueError: on a file that is truncated, changed, or not one of ours.
-    """
-    try:
+    """Tensors and metadata of a file of :func:`write_tensors`; a ValueError tells of one that is damaged or foreign."""
+    with retold(f"checkpoint {path} is truncated or not a checkpoint", Exception):  # whatever a file can be
         content = memoryview(bytearray(path.read_bytes()))
         length = int.from_bytes(content[:8], "little")
         header, body = json.loads(bytes(content[8 : 8 + length])), content[8 + length :]
@@ -93,8 +84,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             array = np.frombuffer(body[start:end], dtype).reshape(shape)
             tensors[name] = torch.from_numpy(array).clone()  # aligned: rounding depends on it
         found, sha256 = metadata.get("format"), metadata.pop("sha256", None)
-    except (OSError, *UNREADABLE) as error:
-        raise ValueError(f"checkpoint {path} is truncated or not a checkpoint: {_one_line(error)}") from None
     if found != FORMAT:
         raise ValueError(f"checkpoint {path} has format {str(found)[:40]!r}, expected {FORMAT!r}")
     if end != len(body) or digest(tensors, metadata) != sha256:
@@ -103,11 +92,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def find_checkpoint(name_or_path: str | Path) -> Path:
-    """The file of a bundled checkpoint by name, or the path itself.
-
-    Raises:
-        ValueError: if there is no such file, naming the bundled ones.
-    """
+    """The file of a bundled checkpoint by name, or the path itself; a ValueError, naming the bundled ones, if none."""
     bundled = CHECKPOINTS / f"{name_or_path}.safetensors"
     path = bundled if bundled.is_file() else Path(name_or_path)
     if not path.is_file():
@@ -117,34 +102,22 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
 
 
 def read_settings(name_or_path: str | Path) -> dict[str, Any]:
-    """The settings saved with a checkpoint, and its energy configuration under ``energy``.
-
-    Raises:
-        ValueError: as :func:`load_model`.
-    """
+    """The settings saved with a checkpoint, and its energy configuration under ``energy``; see :func:`load_model`."""
     path = find_checkpoint(name_or_path)
-    return _settings(path, read_tensors(path)[1])
-
-
-def _settings(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    try:
+    metadata = read_tensors(path)[1]
+    with retold(f"checkpoint {path} has unreadable settings", ValueError, KeyError, TypeError):
         return json.loads(metadata["settings"]) | {"energy": json.loads(metadata["energy"])}
-    except UNREADABLE as error:
-        raise ValueError(f"checkpoint {path} has unreadable settings: {_one_line(error)}") from None
 
 
 def load_model(name_or_path: str | Path, device: str | torch.device | None = None) -> ContinuousCGCNN:
     """A trained energy, in evaluation mode: a bundled checkpoint by name (``"perov5"``), or a file.
 
-    What it was saved with is told by :func:`read_settings`; how it is sampled is ``model.sampling``.
-
-    Raises:
-        ValueError: on a missing, truncated, damaged or foreign file, or one with weights that are not finite.
+    What it was saved with is told by :func:`read_settings`; how it is sampled is ``model.sampling``. A ValueError tells
+    of a file that is missing, truncated, damaged or foreign, or of weights that are not finite.
     """
-    path = find_checkpoint(name_or_path)
-    tensors, metadata = read_tensors(path)
-    settings = _settings(path, metadata)
-    try:
+    path, settings = find_checkpoint(name_or_path), read_settings(name_or_path)
+    tensors, _ = read_tensors(path)
+    with retold(f"checkpoint {path} does not fit its own configuration", Exception):  # whatever a header can say
         config = EnergyConfig(**settings["energy"])
         kind = AnnealConfig if config.noise_max is None else DiffusionConfig
         with torch.device("meta"):  # no memory is spent on what the file only claims to hold
@@ -155,24 +128,4 @@ def load_model(name_or_path: str | Path, device: str | torch.device | None = Non
             if name in tensors and not tensors[name].isfinite().all():
                 raise ValueError(f"{name} holds numbers that are not finite")
         model.load_state_dict(tensors, assign=True)
-    except UNREADABLE as error:
-        raise ValueError(f"checkpoint {path} does not fit its own configuration: {_one_line(error)}") from None
     return model.to(device or "cpu").eval().requires_grad_(False)
-
-
-def model_card(name_or_path: str | Path) -> str:
-    """The header of a checkpoint as a Markdown table."""
-    rows, todo = [], list(read_settings(name_or_path).items())
-    while todo:
-        name, value = todo.pop(0)
-        if isinstance(value, dict):
-            todo[:0] = [(f"{name}.{key}", item) for key, item in value.items()]
-        else:
-            rows.append(f"| {name} | {value} |")
-    return "\n".join(
-        [f"# {find_checkpoint(name_or_path).name}\n", "| setting | value |", "| --- | --- |", *sorted(rows)]
-    )
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from typing import TYPE_CHECKING
+from types import NoneType
+from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -29,29 +30,21 @@ MIN_VOLUME = 1e-6  # Å³: below this a cell is called flat, whatever its shape
 class Crystals:
     """A batch of periodic units U = (L, X, a): cell, positions and species (Tone et al., arXiv 2502.02026).
 
-    Attributes:
-        cell: (n_systems, 3, 3), rows are lattice vectors, Å.
-        positions: (n_atoms_total, 3), Cartesian, Å; atoms may lie outside the cell.
-        atomic_numbers: (n_atoms_total,) int64, 1 … 100.
-        system_idx: (n_atoms_total,) int64, the system of each atom, non-decreasing, without gaps.
-
-    Raises:
-        ValueError: on a wrong shape, dtype or device, an empty batch, a system without atoms, an unknown element,
-            a non-finite number or a flat cell.
+    A ValueError tells of a wrong shape, dtype or device, an empty batch, a system without atoms, an unknown element, a
+    number that is not finite, or a flat cell.
     """
 
-    cell: Tensor
-    positions: Tensor
-    atomic_numbers: Tensor
-    system_idx: Tensor
+    cell: Tensor  # (n_systems, 3, 3), rows are lattice vectors, Å
+    positions: Tensor  # (n_atoms_total, 3), Cartesian, Å; atoms may lie outside the cell
+    atomic_numbers: Tensor  # (n_atoms_total,) int64, 1 … 100
+    system_idx: Tensor  # (n_atoms_total,) int64, the system of each atom, non-decreasing, without gaps
 
     def __post_init__(self) -> None:
         n_systems, n_atoms = len(self.cell), len(self.positions)
         if n_systems == 0:
             raise ValueError("empty batch: Crystals needs at least one crystal")
         shapes = (n_systems, 3, 3), (n_atoms, 3), (n_atoms,), (n_atoms,)
-        for name, shape in zip(self.__dataclass_fields__, shapes):
-            tensor = getattr(self, name)
+        for (name, tensor), shape in zip(vars(self).items(), shapes, strict=True):
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
             if tensor.device != self.cell.device:
@@ -61,26 +54,17 @@ class Crystals:
                 raise ValueError(f"{name} is {tensor.dtype}, expected float32 or float64, the same for both")
             if not floats and tensor.dtype != torch.int64:
                 raise ValueError(f"{name} is {tensor.dtype}, expected torch.int64")
-        self._check_values()
-
-    def _check_values(self) -> None:
-        steps = torch.diff(self.system_idx)
-        counts = torch.bincount(self.system_idx.clamp(min=0), minlength=self.n_systems)
-        if (steps < 0).any() or len(counts) != self.n_systems or (counts == 0).any() or (self.system_idx < 0).any():
-            raise ValueError(f"system_idx must list every system 0 … {self.n_systems - 1} in order, each with an atom")
-        bad = (self.atomic_numbers < 1) | (self.atomic_numbers > MAX_ATOMIC_NUMBER)
-        if bad.any():
-            raise ValueError(
-                f"atomic_numbers holds {int(self.atomic_numbers[bad][0])}, expected 1 … {MAX_ATOMIC_NUMBER}"
-            )
+        is_ordered = (self.system_idx >= 0).all() and (self.system_idx.diff() >= 0).all()
+        if not is_ordered or len(self.n_atoms) != n_systems or (self.n_atoms == 0).any():
+            raise ValueError(f"system_idx must list every system 0 … {n_systems - 1} in order, each with an atom")
+        bad = self.atomic_numbers[(self.atomic_numbers < 1) | (self.atomic_numbers > MAX_ATOMIC_NUMBER)]
+        if len(bad):
+            raise ValueError(f"atomic_numbers holds {int(bad[0])}, expected 1 … {MAX_ATOMIC_NUMBER}")
         if not torch.isfinite(self.cell).all() or not torch.isfinite(self.positions).all():
             raise ValueError("cell and positions must be finite numbers in Å; found NaN or infinity")
-        volume = self.volume
-        if (volume < MIN_VOLUME).any():
-            system = int(volume.argmin())
-            raise ValueError(
-                f"cell of system {system} has volume {float(volume[system]):.3g} Å³, expected ≥ {MIN_VOLUME} Å³"
-            )
+        smallest, system = self.volume.min(dim=0)
+        if smallest < MIN_VOLUME:
+            raise ValueError(f"cell of system {system} has volume {smallest:.3g} Å³, expected ≥ {MIN_VOLUME} Å³")
 
     @property
     def n_systems(self) -> int:
@@ -125,8 +109,7 @@ class Crystals:
 
     def random_cells(self, rng: Rng, symmetric: bool = True) -> Tensor:
         """(n_systems, 3, 3) Gaussian matrices: of density ∝ exp(−|ε|²/2) if symmetric, else of independent entries."""
-        noise = random_rows(torch.randn, [3] * self.n_systems, rng, self.cell.dtype).to(self.cell.device)
-        noise = noise.view(-1, 3, 3)
+        noise = random_rows(torch.randn, [3] * self.n_systems, rng, self.cell.dtype).to(self.cell.device).view(-1, 3, 3)
         return (noise + noise.mT) / 2 if symmetric else noise
 
     @property
@@ -134,41 +117,36 @@ class Crystals:
         """Atomic numbers of each crystal, in atom order."""
         return [part.tolist() for part in torch.split(self.atomic_numbers, self.n_atoms.tolist())]
 
+    @property
+    def element_counts(self) -> Tensor:
+        """(n_systems, 101) int64, how many atoms of each atomic number."""
+        return self.sum_atoms(torch.nn.functional.one_hot(self.atomic_numbers, MAX_ATOMIC_NUMBER + 1))
+
     def __len__(self) -> int:
         return self.n_systems
 
-    def replace(self, *, cell: Tensor | None = None, positions: Tensor | None = None) -> Crystals:
-        """The same atoms in another geometry.
+    def replace(self, **geometry: Tensor) -> Crystals:
+        """The same atoms in another geometry: another ``cell``, other ``positions``, or both.
 
         Values are not checked again: a Monte Carlo proposal may be non-finite, and it is the sampler that rejects it.
         """
         new = object.__new__(Crystals)
-        object.__setattr__(new, "cell", self.cell if cell is None else cell)
-        object.__setattr__(new, "positions", self.positions if positions is None else positions)
-        object.__setattr__(new, "atomic_numbers", self.atomic_numbers)
-        object.__setattr__(new, "system_idx", self.system_idx)
+        vars(new).update(vars(self) | geometry)
         return new
 
     def to(self, target: torch.device | str | torch.dtype) -> Crystals:
         """A copy on another device, or in another floating-point precision."""
-        moved = self.replace(cell=self.cell.to(target), positions=self.positions.to(target))
-        if not isinstance(target, torch.dtype):
-            object.__setattr__(moved, "atomic_numbers", self.atomic_numbers.to(target))
-            object.__setattr__(moved, "system_idx", self.system_idx.to(target))
-        return moved
+        names = ("cell", "positions") if isinstance(target, torch.dtype) else vars(self)
+        return self.replace(**{name: getattr(self, name).to(target) for name in names})
 
     def __getitem__(self, systems: int | slice | Sequence[int] | Tensor) -> Crystals:
-        """The chosen crystals, in the order given (a crystal may be chosen more than once)."""
-        all_systems = torch.arange(self.n_systems, device=self.cell.device)
-        if isinstance(systems, int):
-            systems = [systems]
+        """The chosen crystals, in the order given (a crystal may be chosen more than once); a loop takes one by one."""
+        device, counts = self.cell.device, self.n_atoms
         if not isinstance(systems, slice):
-            systems = torch.as_tensor(systems, device=self.cell.device)
-        chosen = all_systems[systems]
-        counts = self.n_atoms
-        starts = torch.cumsum(counts, 0) - counts
-        atoms = ragged_arange(starts[chosen], counts[chosen])
-        system_idx = torch.repeat_interleave(torch.arange(len(chosen), device=self.cell.device), counts[chosen])
+            systems = torch.as_tensor([systems] if isinstance(systems, int) else systems, device=device)
+        chosen = torch.arange(len(self), device=device)[systems]
+        atoms = ragged_arange((torch.cumsum(counts, 0) - counts)[chosen], counts[chosen])
+        system_idx = torch.repeat_interleave(torch.arange(len(chosen), device=device), counts[chosen])
         return Crystals(self.cell[chosen], self.positions[atoms], self.atomic_numbers[atoms], system_idx)
 
     @classmethod
@@ -177,12 +155,11 @@ class Crystals:
         if not batches:
             raise ValueError("empty batch: nothing to join")
         offsets = np.cumsum([0, *(batch.n_systems for batch in batches)])
-        return cls(
-            torch.cat([batch.cell for batch in batches]),
-            torch.cat([batch.positions for batch in batches]),
-            torch.cat([batch.atomic_numbers for batch in batches]),
-            torch.cat([batch.system_idx + int(offset) for batch, offset in zip(batches, offsets)]),
+        moved = [batch.system_idx + int(offset) for batch, offset in zip(batches, offsets)]
+        joined = (
+            torch.cat([vars(batch)[name] for batch in batches]) for name in ("cell", "positions", "atomic_numbers")
         )
+        return cls(*joined, torch.cat(moved))
 
     @classmethod
     def from_arrays(
@@ -203,19 +180,14 @@ class Crystals:
 
     @classmethod
     def from_structures(cls, structures: Iterable[Structure], dtype: torch.dtype = torch.float32) -> Crystals:
-        """From pymatgen structures.
-
-        Raises:
-            ValueError: naming the index of a structure that is disordered, or any error of :class:`Crystals`.
-        """
+        """From pymatgen structures; a ValueError names one that is disordered, or is one of :class:`Crystals`."""
         structures = list(structures)
         if not structures:
             raise ValueError("empty batch: Crystals.from_structures needs at least one structure")
         for index, structure in enumerate(structures):
             if not structure.is_ordered:
-                raise ValueError(
-                    f"structure {index} ({structure.formula}) has a disordered site, expected full occupancy"
-                )
+                name = f"structure {index} ({structure.formula})"
+                raise ValueError(f"{name} has a disordered site, expected full occupancy")
         cells = np.stack([structure.lattice.matrix for structure in structures])
         positions = np.concatenate([structure.cart_coords for structure in structures])
         return cls.from_arrays(cells, positions, [list(structure.atomic_numbers) for structure in structures], dtype)
@@ -267,16 +239,12 @@ def ragged_arange(starts: Tensor, counts: Tensor) -> Tensor:
 
 
 def reduce_species(species: Sequence[int]) -> dict[int, int]:
-    """Reduce(a): the composition in lowest integer terms, {atomic number: count}, ordered by atomic number.
-
-    Raises:
-        ValueError: if there is no atom.
-    """
+    """Reduce(a): the composition in lowest integer terms, {atomic number: count}, ordered by atomic number."""
     if not len(species):
         raise ValueError("species is empty, expected at least one atomic number")
-    numbers, counts = np.unique(np.asarray(species), return_counts=True)
-    divisor = reduce(math.gcd, counts.tolist())
-    return {int(number): int(count) // divisor for number, count in zip(numbers, counts)}
+    counts = Counter(sorted(species))
+    divisor = math.gcd(*counts.values())
+    return {number: count // divisor for number, count in counts.items()}
 
 
 def expand_composition(
@@ -284,11 +252,7 @@ def expand_composition(
 ) -> list[int]:
     """Expand(c): the species of m formula units, m ~ Geometric(p) on {1, 2, …} (paper, Figure 1).
 
-    Args:
-        composition: {atomic number: count}, as returned by :func:`reduce_species`.
-        rng: source of randomness, on the CPU.
-        p: success probability; the paper uses 0.5.
-        max_atoms: if given, m is truncated so that the crystal holds at most so many atoms (but m ≥ 1).
+    If ``max_atoms`` is given, m is truncated so that the crystal holds at most so many atoms (but m ≥ 1).
     """
     uniform = float(torch.rand((), generator=rng, dtype=torch.float64))
     multiple = 1 + int(math.log1p(-uniform) / math.log1p(-p)) if p < 1 else 1
@@ -298,15 +262,55 @@ def expand_composition(
     return [number for number, count in composition.items() for _ in range(count * multiple)]
 
 
+def similar_elements(width: int, rng: torch.Generator) -> Tensor:
+    """(100, width) random embeddings, alike for neighbours in the periodic table.
+
+    A Gaussian process over period, group and place in the f block, with a fifth of independent noise.
+    """
+    noble = torch.tensor([0, 2, 10, 18, 36, 54, 86, 118])
+    number = torch.arange(1, MAX_ATOMIC_NUMBER + 1)
+    period = torch.searchsorted(noble, number)
+    place, until_end = number - noble[period - 1], noble[period] - number
+    group = torch.where((place <= 2) & (until_end > 0), place, (18 - until_end).clamp(min=3))
+    in_f_block = torch.where((group == 3) & (place > 3), place - 3, 0)
+    where = torch.stack([period / 1.5, group / 2, in_f_block / 8], dim=1).double()
+    covariance = 0.8 * torch.exp(-0.5 * torch.cdist(where, where) ** 2) + 0.2 * torch.eye(len(where))
+    normal = torch.randn(len(where), width, generator=rng, dtype=torch.float64)
+    return (torch.linalg.cholesky(covariance) @ normal).float()
+
+
 def fit_atomic_volumes(crystals: Crystals, ridge: float = 1.0) -> Tensor:
     """(101,) volume of an atom of each element, Å³, by ridge regression of volumes per atom on compositions.
 
     Entry 0, and that of an element never seen, is the mean over crystals; none is below a tenth of it. ``ridge`` is the
     strength of the pull to the mean, in crystals.
     """
-    one_hot = torch.nn.functional.one_hot(crystals.atomic_numbers, MAX_ATOMIC_NUMBER + 1).double()
-    fractions = crystals.sum_atoms(one_hot) / crystals.n_atoms[:, None]
+    fractions = crystals.element_counts.double() / crystals.n_atoms[:, None]
     per_atom = (crystals.volume / crystals.n_atoms).double()
     mean = per_atom.mean()
     normal = fractions.T @ fractions + ridge * torch.eye(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64)
     return (mean + torch.linalg.solve(normal, fractions.T @ (per_atom - mean))).clamp(min=0.1 * mean)
+
+
+def check_settings(config: object, **limits: tuple[float, float]) -> None:
+    """Refuse, by a ValueError in one line, a setting of a dataclass that is outside its limits.
+
+    Whole numbers are ≥ 1 and others positive, unless ``limits`` say otherwise; all are finite. A Literal is one of its
+    values, and None passes where the annotation has it.
+    """
+    for name, kind in get_type_hints(type(config)).items():
+        value, kinds = getattr(config, name), get_args(kind) or (kind,)
+        if get_origin(kind) is Literal:
+            sound, expected = value in kinds, f"one of {', '.join(kinds)}"
+        elif not {int, float} & set(kinds) or (value is None and NoneType in kinds):
+            continue
+        else:
+            whole = float not in kinds
+            least, most = limits.get(name, (1 if whole else math.ulp(0.0), math.inf))
+            sound = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            sound = sound and least <= value <= most and value < math.inf
+            expected = f"≥ {least}" if most == math.inf else f"from {least} to {most}"
+            expected = f"{'an integer' if whole else 'a number'} {expected}"
+            expected = expected if whole or name in limits else "a positive number"
+        if not sound:
+            raise ValueError(f"{name} is {value!r}, expected {expected}")

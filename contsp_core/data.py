@@ -17,7 +17,7 @@ import reprlib
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from http.client import HTTPException
@@ -46,31 +46,25 @@ MAX_CSV_BYTES = 2**29  # 512 MiB unpacked; the largest public file has a tenth o
 MAX_FORMULA_ATOMS = 1000
 MAX_ID_BYTES = 200  # file systems allow 255 for a name, and endings are added
 SERIAL_ROWS = 600  # up to here, starting processes costs more than they save
-ARRAYS = ("cell", "positions", "atomic_numbers", "system_idx")  # of Crystals, in its order
 logger = logging.getLogger(__name__)
 
 
-def load_split(name: str, split: str, on_error: str = "raise", n_jobs: int = -1) -> Split:
+def load_split(name: str, split: str, on_error: str = "raise") -> Split:
     """One part of a data set; its ``.note`` tells when the file is not the official one.
 
     Looked for in this order: ``$CONTSP_DATA_DIR/<name>/<split>.csv``, ``.csv.gz`` or ``.npz``; for ``prototypes`` the
     bundled file; the cache (``$CONTSP_CACHE_DIR``, default ``~/.cache/contsp``); the pinned public revision, downloaded
     and checked against its git blob id. Parsed crystals are cached under the blob id of the file they came from.
 
-    Args:
-        name, split: one of ``DATASETS`` and one of ``SPLITS``.
-        on_error: ``"raise"``, or ``"skip"`` to leave bad rows out and list them in ``.skipped``.
-        n_jobs: processes that parse CIFs; -1 is all cores.
-
-    Raises:
-        ValueError: for an unknown name, split or on_error; a bad file or row; a download with the wrong content.
-        ConnectionError: when the download itself fails.
+    ``name`` is one of ``DATASETS`` and ``split`` one of ``SPLITS``; with ``on_error="skip"`` bad rows are left out and
+    listed in ``.skipped``. A ValueError tells of an argument that is unknown, of a bad file or row, and of a download
+    with the wrong content; a ConnectionError of one that fails.
     """
     for label, value, allowed in (("name", name, DATASETS), ("split", split, SPLITS), ("on_error", on_error, ON_ERROR)):
         if value not in allowed:
             raise ValueError(f"{label}={value!r} is unknown, expected one of {', '.join(allowed)}")
     path = _find_file(name, split)
-    found = Split.load(path, name, split) if path.suffix == ".npz" else _parse_or_cached(path, name, split, n_jobs)
+    found = Split.load(path, name, split) if path.suffix == ".npz" else _from_csv(path, name, split)
     if found.skipped:
         (row, reason), n_bad = found.skipped[0], len(found.skipped)
         message = f"{path}: {n_bad} of {len(found) + n_bad} rows are bad, the first is {row}: {reason}"
@@ -91,12 +85,9 @@ def _find_file(name: str, split: str) -> Path:
     if found := next(filter(Path.is_file, [*paths, published]), None):
         return found
     url = MANIFEST["base_url"] + MANIFEST["datasets"][name]["splits"][split]["path"]
-    try:
-        with urlopen(url, timeout=60) as answer:
-            content = answer.read(MAX_CSV_BYTES)
-    except (OSError, HTTPException) as error:
-        instead = f"put the file at $CONTSP_DATA_DIR/{name}/{split}.csv instead"
-        raise ConnectionError(f"cannot download {url} ({_one_line(error)}); {instead}") from None
+    problem = f"cannot download {url}, put the file at $CONTSP_DATA_DIR/{name}/{split}.csv instead"
+    with retold(problem, OSError, HTTPException, kind=ConnectionError), urlopen(url, timeout=60) as answer:
+        content = answer.read(MAX_CSV_BYTES)
     if git_blob_id(content) != official:
         raise ValueError(f"{url} has git blob id {git_blob_id(content)}, expected {official}; nothing was kept")
     write_whole(published, lambda file: file.write(content))
@@ -117,41 +108,33 @@ def git_blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def _read_csv(path: Path) -> bytes:
-    """The unpacked bytes of a file; a small packed one may hold gigabytes, so reading stops at ``MAX_CSV_BYTES``."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            content = file.read(MAX_CSV_BYTES + 1)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is a damaged gzip file ({_one_line(error)})") from None
+def _from_csv(path: Path, name: str, split: str) -> Split:
+    """Parsed once, and from then on found in the cache; a packed file is read up to ``MAX_CSV_BYTES`` only."""
+    open_file = gzip.open if path.suffix == ".gz" else Path.open
+    with retold(f"{path} is damaged", gzip.BadGzipFile, EOFError, zlib.error), open_file(path, "rb") as file:
+        content = file.read(MAX_CSV_BYTES + 1)
     if len(content) > MAX_CSV_BYTES:
         raise ValueError(f"{path} unpacks to more than {MAX_CSV_BYTES} bytes, the most that is read")
-    return content
-
-
-def _parse_or_cached(path: Path, name: str, split: str, n_jobs: int) -> Split:
-    content = _read_csv(path)
     blob_id = git_blob_id(content)
-    cache = _cache_dir() / name / f"{split}-{blob_id}-v{FORMAT}.npz"
     source = Source(str(path), blob_id, blob_id == _official_blob(name, split))
+    cache = _cache_dir() / name / f"{split}-{blob_id}-v{FORMAT}.npz"
     try:
         return replace(Split.load(cache, name, split), source=source)
     except (ValueError, OSError):  # none yet, or a damaged one: made again
-        parsed = _parse_csv(content, source, name, split, n_jobs)
+        parsed = _parse_csv(content, source, name, split)
     with suppress(OSError):  # a read-only home must not stop the work
         parsed.save(cache)
     return parsed
 
 
-def _parse_csv(content: bytes, source: Source, name: str, split: str, n_jobs: int) -> Split:
+def _parse_csv(content: bytes, source: Source, name: str, split: str) -> Split:
     """The good rows of a CSV, without row counters and further CIF texts; missing texts are empty."""
     import pandas as pd
 
-    try:  # only an empty field is missing: "NaN" is also sodium nitride
-        text = {"material_id": str, "cif": str, "formula": str}
+    text = {"material_id": str, "cif": str, "formula": str}
+    with retold(f"{source.path} cannot be read as CSV", ValueError):  # pandas' own errors are of this kind
+        # only an empty field is missing: "NaN" is also sodium nitride
         table = pd.read_csv(io.BytesIO(content), keep_default_na=False, na_values=[""], dtype=text)
-    except ValueError as error:  # pandas' own errors are of this kind, and those of Unicode
-        raise ValueError(f"{source.path} cannot be read as CSV: {_one_line(error)}") from None
     for label in ("material_id", "cif"):
         if label not in table.columns:
             raise ValueError(f"{source.path} has no column {label!r}, expected one; found {', '.join(table.columns)}")
@@ -159,15 +142,14 @@ def _parse_csv(content: bytes, source: Source, name: str, split: str, n_jobs: in
         raise ValueError(f"{source.path} has no rows, expected one crystal a row")
     table = table.fillna(dict.fromkeys(table.select_dtypes(exclude="number"), ""))
     ids = table["material_id"].tolist()
-    results = parse_cifs(table["cif"].tolist(), n_jobs, f"{name}/{split}")
+    results = parse_cifs(table["cif"].tolist(), description=f"{name}/{split}")
     for row, reason in _bad_ids(ids).items():
         ids[row], results[row] = f"row {row + 1}", reason
-    good = [row for row, result in enumerate(results) if isinstance(result, Cell)]
+    good = [row for row, result in enumerate(results) if isinstance(result, Crystals)]
     skipped = tuple((ids[row], result) for row, result in enumerate(results) if isinstance(result, str))
     if not good:
         raise ValueError(f"{source.path}: all {len(ids)} rows are bad, the first is {ids[0]}: {results[0]}")
-    cells, positions, numbers = zip(*(results[row] for row in good), strict=True)
-    crystals = Crystals.from_arrays(np.stack(cells), np.concatenate(positions), numbers, dtype=torch.float64)
+    crystals = Crystals.cat([results[row] for row in good])
     labels = [label for label in table.columns.drop("material_id") if not label.startswith(("cif", "Unnamed"))]
     columns = {label: np.array(table[label].iloc[good].tolist()) for label in labels}
     return Split(name, split, [ids[row] for row in good], crystals, source, columns, skipped)
@@ -185,16 +167,8 @@ def _bad_ids(material_ids: Sequence[str]) -> dict[int, str]:
     return reasons
 
 
-class Cell(NamedTuple):
-    """One parsed crystal: cell (3, 3), Å, rows are lattice vectors; positions (n, 3), Cartesian, Å; numbers (n,)."""
-
-    cell: np.ndarray
-    positions: np.ndarray
-    atomic_numbers: np.ndarray
-
-
-def parse_cifs(cifs: Sequence[str], n_jobs: int = -1, description: str = "CIFs") -> list[Cell | str]:
-    """Parse CIF texts in order, many of them on ``n_jobs`` cores (-1: all); a bad one gives the reason in one line."""
+def parse_cifs(cifs: Sequence[str], n_jobs: int = -1, description: str = "CIFs") -> list[Crystals | str]:
+    """Each CIF text as a crystal in float64, or in one line why it is none; on ``n_jobs`` cores (-1: all) if many."""
     if len(cifs) <= SERIAL_ROWS:
         return [_parse(cif) for cif in cifs]
     from joblib import Parallel, delayed
@@ -205,7 +179,7 @@ def parse_cifs(cifs: Sequence[str], n_jobs: int = -1, description: str = "CIFs")
     return list(tqdm(parsed, desc=f"parsing {description}", total=len(cifs), disable=None))  # None: in terminals only
 
 
-def _parse(cif: str) -> Cell | str:
+def _parse(cif: str) -> Crystals | str:
     from pymatgen.io.cif import CifParser
 
     try:
@@ -214,15 +188,12 @@ def _parse(cif: str) -> Cell | str:
             structure = parser.parse_structures(primitive=False, on_error="raise")[0]
             if failure := parser.check(structure):
                 raise ValueError(failure)
-            if not structure.is_ordered:
-                return f"disordered site ({structure.formula}), expected full occupancy"
     except Exception as error:  # pymatgen raises many kinds
-        return f"malformed CIF ({_one_line(error)})"
-    numbers = [getattr(site.specie, "Z", 0) for site in structure]
-    if min(numbers) < 1 or max(numbers) > MAX_ATOMIC_NUMBER:
-        return f"element Z = {max(numbers)}, expected 1 … {MAX_ATOMIC_NUMBER}"
-    cell = Cell(np.array(structure.lattice.matrix), structure.cart_coords, np.array(numbers))
-    return cell if np.isfinite(np.vstack(cell[:2])).all() else "NaN or infinity in cell or coordinates"
+        return f"malformed CIF ({one_line(error)})"
+    try:
+        return Crystals.from_structures([structure], torch.float64)
+    except ValueError as error:
+        return f"no crystal: {error}"
 
 
 class Source(NamedTuple):
@@ -235,24 +206,15 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Split(Sequence):
-    """An immutable sequence of crystals; ``split[i]`` is a pymatgen structure, ``split[a:b]`` a smaller split.
+    """An immutable sequence of crystals; ``split[i]`` is a pymatgen structure, ``split[a:b]`` a smaller split."""
 
-    Attributes:
-        name, split: data set and part, for example ``"perov5"``, ``"test"``.
-        material_ids: one per crystal, as in the file; unique, and fit to name a file.
-        crystals: all of them as one float64 batch on the CPU.
-        source: file, git blob id, official or not.
-        columns: the other columns of the CSV (CIF texts left out), one array of length n each.
-        skipped: (material_id or row, reason) of each bad row left out; empty unless ``on_error="skip"`` was asked for.
-    """
-
-    name: str
+    name: str  # of the data set
     split: str
-    material_ids: list[str]
-    crystals: Crystals
+    material_ids: list[str]  # one per crystal, as in the file; unique, and fit to name a file
+    crystals: Crystals  # all of them as one float64 batch on the CPU
     source: Source
-    columns: dict[str, np.ndarray] = field(default_factory=dict)
-    skipped: tuple[tuple[str, str], ...] = ()
+    columns: dict[str, np.ndarray] = field(default_factory=dict)  # the others of the CSV but for CIF texts, (n,) each
+    skipped: tuple[tuple[str, str], ...] = ()  # (material_id or row, reason) of each bad row, with on_error="skip"
 
     def __len__(self) -> int:
         return len(self.crystals)
@@ -298,7 +260,7 @@ class Split(Sequence):
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one ``.npz``; as ``$CONTSP_DATA_DIR/<name>/<split>.npz`` :func:`load_split` finds it."""
-        arrays = {name: getattr(self.crystals, name).numpy() for name in ARRAYS}
+        arrays = {name: tensor.numpy() for name, tensor in vars(self.crystals).items()}
         arrays |= {f"column:{name}": column for name, column in self.columns.items()}
         header = {"format": FORMAT, "path": self.source.path, "blob_id": self.source.blob_id}
         header |= {"material_ids": self.material_ids, "skipped": self.skipped}
@@ -306,23 +268,17 @@ class Split(Sequence):
 
     @classmethod
     def load(cls, path: str | os.PathLike, name: str, split: str) -> Split:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            FileNotFoundError: without such a file.
-            ValueError: for a file that is damaged, foreign, or of another format version.
-        """
+        """Read what :meth:`save` wrote; a ValueError tells of a file that is damaged, foreign, or of another format."""
         content = io.BytesIO(Path(path).read_bytes())
-        try:
+        # zip, zlib, header and key errors alike mean: not such a file
+        with retold(f"{path} is not a split written by Split.save", Exception):
             with np.load(content, allow_pickle=False) as file:
                 header = json.loads(str(file["header"]))
-                crystals = Crystals(*(torch.from_numpy(file[name]) for name in ARRAYS))
+                crystals = Crystals(*(torch.from_numpy(file[name]) for name in Crystals.__dataclass_fields__))
                 columns = {key.removeprefix("column:"): file[key] for key in file.files if key.startswith("column:")}
             reasons = [*_bad_ids(header["material_ids"]).values()]
             if header["format"] != FORMAT or reasons:
                 raise ValueError(*reasons[:1] or [f"format {header['format']}, expected {FORMAT}"])
-        except Exception as error:  # zip, zlib, header and key errors alike mean: not such a file
-            raise ValueError(f"{path} is not a split written by Split.save ({_one_line(error)})") from None
         source = Source(header["path"], header["blob_id"], header["blob_id"] == _official_blob(name, split))
         skipped = tuple(map(tuple, header["skipped"]))
         return cls(name, split, header["material_ids"], crystals, source, columns, skipped)
@@ -331,8 +287,7 @@ class Split(Sequence):
 def parse_formula(text: str) -> list[int]:
     """Atomic numbers of a formula, in the order written: "BaTiO3" gives [56, 22, 8, 8, 8].
 
-    Raises:
-        ValueError: for text that is no formula, fractional counts, an element that is unknown, or too many atoms.
+    A ValueError tells of text that is no formula, fractional counts, an unknown element, or too many atoms.
     """
     from pymatgen.core import Composition, Element
 
@@ -349,11 +304,7 @@ def parse_formula(text: str) -> list[int]:
 
 
 def resolve_species(entries: Sequence[str | Sequence[int]]) -> list[list[int]]:
-    """Atomic-number lists from a sequence of formulas and atomic-number lists.
-
-    Raises:
-        ValueError: for an empty sequence, a lone formula, or an entry that is neither.
-    """
+    """Atomic-number lists from a sequence of formulas and atomic-number lists; a ValueError tells of anything else."""
     if isinstance(entries, str) or not len(entries):
         raise ValueError(f'species is {entries!r}, expected a list like ["BaTiO3", [11, 17]]')
     species = []
@@ -394,7 +345,15 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         os.close(folder)
 
 
-def _one_line(error: Exception | str) -> str:
-    """A message on one line, or the kind of an error without one."""
-    text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    return text[:300] or type(error).__name__
+@contextmanager
+def retold(problem: str, *kinds: type[Exception], kind: type[Exception] = ValueError) -> Iterator[None]:
+    """Errors of these kinds become one of ``kind`` that tells the problem and the reason, on one line."""
+    try:
+        yield
+    except kinds as error:
+        raise kind(f"{problem}: {one_line(error)}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and message of an error, on one line of bounded length."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

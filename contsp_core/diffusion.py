@@ -12,18 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from contsp_core.crystals import Crystals, Rng
+from contsp_core.crystals import Crystals, Rng, check_settings
 from contsp_core.energy import ContinuousCGCNN, EnergyConfig, energy_and_gradient, strain_gradient
 from contsp_core.lattice import apply_strain, niggli
-from contsp_core.mala import check_positive
 
-DIFFERENCE_STEP = (
-    0.02  # of the noise; with 0.1 sharp features of the energy go unseen, and the loss at large σ runs away
-)
+DIFFERENCE_STEP = 0.02  # of the noise; with 0.1, sharp features go unseen, and the loss at large σ runs away
+LEVEL, LEVEL_SPREAD = 0.35, 1.0  # Å, and of its logarithm: the noise levels that training draws
 LARGEST_STRAIN = 0.5  # of one sampling step; a trained energy does not reach it, chains of an untrained one stay finite
 
 
@@ -32,19 +32,13 @@ class DiffusionConfig:
     """Sampling from high to low noise; the defaults were chosen on Perov-5 validation crystals."""
 
     n_steps: int = 100  # energy gradients in all
-    noise_scale: float = 0.5  # share of the noise added back; 1 is ancestral sampling, 0 deterministic
     noise_first: float | None = None  # Å, where to begin; the model's largest level if None
-    anneal_share: float = 0.0  # of the steps, spent cooling the energy at the model's default level
-    anneal_step: float = 0.3  # of Langevin dynamics, in units of σ²
-    temperature_last: float = 0.1  # cooled from 1, at which the density is the learned one
+    n_corrections: int = 4  # Langevin steps at each level before the step down
+    correction_step: float = 0.25  # η of these, in units of σ²
+    temperature: float = 1.0  # of these; at 1 the density is the learned one
 
     def __post_init__(self) -> None:
-        check_positive(self, "n_steps", "anneal_step", "temperature_last")
-        if self.noise_first is not None:
-            check_positive(self, "noise_first")
-        for name in ("noise_scale", "anneal_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a number from 0 to 1")
+        check_settings(self, n_corrections=(0, math.inf), temperature=(0, 1))
 
 
 @dataclass(frozen=True)
@@ -160,14 +154,9 @@ def score_matching_step(
     scale = step / size.clamp(min=1e-30)
     pair = [_moved(crystals, positions, strain, sign * scale) for sign in (1, -1)]
     energy = model(Crystals.cat(pair), sigma.repeat(2)).unflatten(0, (2, -1))
-    objective = -(n_atoms / scale * (energy[0] - energy[1])).mean()
-    objective.backward()
-    loss_positions, loss_strain = float(residual.loss_positions.mean()), float(residual.loss_strain.mean())
-    return {
-        "loss": (loss_positions + loss_strain) / 2,
-        "loss_positions": loss_positions,
-        "loss_strain": loss_strain,
-    }
+    (n_atoms / scale * (energy[1] - energy[0])).mean().backward()
+    parts = {name: float(getattr(residual, name).mean()) for name in ("loss_positions", "loss_strain")}
+    return {"loss": sum(parts.values()) / 2} | parts
 
 
 def _moved(crystals: Crystals, positions: Tensor, strain: Tensor, scale: Tensor) -> Crystals:
@@ -177,10 +166,15 @@ def _moved(crystals: Crystals, positions: Tensor, strain: Tensor, scale: Tensor)
 
 
 def random_noise_levels(model: ContinuousCGCNN, n_systems: int, rng: torch.Generator) -> Tensor:
-    """(n_systems,) σ, log-uniform between the model's noise levels, Å; stratified over the batch."""
-    config = model.config
+    """(n_systems,) σ between the model's noise levels, Å, log-normal about ``LEVEL``; stratified over the batch.
+
+    Below 0.1 Å little is left to learn, above 1.2 Å little can be: where atoms settle is decided in between.
+    """
+    ends = torch.tensor([model.config.noise_min, model.config.noise_max], dtype=torch.float64)
+    first, last = torch.special.ndtr((ends / LEVEL).log() / LEVEL_SPREAD)
     strata = (torch.randperm(n_systems, generator=rng) + torch.rand(n_systems, generator=rng)) / n_systems
-    return config.noise_min * (config.noise_max / config.noise_min) ** strata
+    levels = LEVEL * torch.exp(LEVEL_SPREAD * torch.special.ndtri(first + (last - first) * strata))
+    return levels.clamp(*ends.tolist()).float()
 
 
 def reverse_diffusion(
@@ -192,10 +186,9 @@ def reverse_diffusion(
 ) -> Crystals:
     """Follow the noise levels down, from crystals at the largest to clean ones.
 
-    Each step moves along the score by the variance that it removes, and adds back the noise of the level below
-    (ancestral sampling, Song et al., arXiv 2011.13456, Appendix F); the last goes to the mean of the clean crystals.
-    On the way, where the noise falls below the model's default level, the energy of that level is cooled by Langevin
-    dynamics for a share of the steps: the levels alone leave the atoms in wells that the energy itself thinks poor.
+    At each level some steps of Langevin dynamics, then one to the level below: it moves along the score by the variance
+    that it removes, and adds back noise of the level below (ancestral sampling, Song et al., arXiv 2011.13456, Appendix
+    F); the last goes to the mean of the clean crystals. The levels alone, one gradient each, leave atoms in poor wells.
     """
     for index, (sigma, atoms, cell) in enumerate(_schedule(model.config, config)):
         score_positions, score_strain = score(model, crystals, torch.full_like(crystals.cell[:, 0, 0], sigma))
@@ -209,40 +202,33 @@ def reverse_diffusion(
     return crystals
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     """A move by ``variance`` · score + ``noise`` · (standard normal)."""
 
     variance: float
     noise: float
 
-    @classmethod
-    def down(cls, width: float, below: float, noise_scale: float) -> _Step:
-        """From a level to the one below; nothing happens where both have the same width."""
-        removed = width**2 - below**2
-        return cls(removed, noise_scale * below * math.sqrt(removed) / width if width else 0.0)
 
-    @classmethod
-    def langevin(cls, width: float, config: DiffusionConfig, temperature: float) -> _Step:
-        variance = config.anneal_step * width**2
-        return cls(variance, math.sqrt(2 * variance * temperature))
+def _down(width: float, below: float) -> _Step:
+    """From a level to the one below; nothing happens where both have the same width."""
+    removed = width**2 - below**2
+    return _Step(removed, below * math.sqrt(removed) / width if width else 0.0)
+
+
+def _langevin(width: float, config: DiffusionConfig) -> _Step:
+    variance = config.correction_step * width**2
+    return _Step(variance, math.sqrt(2 * variance * config.temperature))
 
 
 def _schedule(energy: EnergyConfig, config: DiffusionConfig) -> list[tuple[float, _Step, _Step]]:
-    """σ, step of the atoms (Å) and step of the strain of each move."""
-
-    def strain(sigma: float) -> float:
-        return float(strain_width(energy, torch.tensor(sigma, dtype=torch.float64)))
-
-    first, middle = config.noise_first or energy.noise_max, energy.noise_default
-    n_anneal = round(config.anneal_share * config.n_steps) if first > middle else 0
-    n_anneal = max(0, min(n_anneal, config.n_steps - 2))  # a chain always begins at the first level and ends clean
-    sigmas = torch.logspace(math.log10(first), math.log10(energy.noise_min), config.n_steps - n_anneal).tolist()
-    steps = []
-    for sigma, below in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
-        down = [_Step.down(*pair, config.noise_scale) for pair in ((sigma, below), (strain(sigma), strain(below)))]
-        steps.append((sigma, *down))
-        if below < middle <= sigma:
-            for temperature in torch.logspace(0, math.log10(config.temperature_last), n_anneal).tolist():
-                steps.append((middle, *(_Step.langevin(w, config, temperature) for w in (middle, strain(middle)))))
-    return steps
+    """σ, step of the atoms (Å) and step of the strain of each move; the strain rests where its width is capped."""
+    n_levels = -(-config.n_steps // (1 + config.n_corrections))
+    ends = math.log10(config.noise_first or energy.noise_max), math.log10(energy.noise_min)
+    sigmas = torch.cat([torch.logspace(*ends, n_levels, dtype=torch.float64), torch.zeros(1)])
+    widths, steps = strain_width(energy, sigmas).tolist(), []
+    for (sigma, below), (width, next_width) in zip(pairwise(sigmas.tolist()), pairwise(widths), strict=True):
+        correction = _langevin(sigma, config), _langevin(width if next_width < width else 0.0, config)
+        steps += [(sigma, *correction)] * config.n_corrections + [
+            (sigma, _down(sigma, below), _down(width, next_width))
+        ]
+    return steps[-config.n_steps :]

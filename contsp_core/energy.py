@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 from torch.nn.utils.parametrizations import spectral_norm
 
-from contsp_core.crystals import MAX_ATOMIC_NUMBER, Crystals
-from contsp_core.graph import build_graph, cutoff_radius, edge_vectors
+from contsp_core.crystals import MAX_ATOMIC_NUMBER, Crystals, check_settings
+from contsp_core.data import retold
+from contsp_core.graph import Graph, build_graph, cutoff_radius, edge_vectors
 from contsp_core.lattice import without_skew
 
 try:  # without numba the same energy is computed by the plain torch path
-    from contsp_core.kernels import build_edges, edge_lengths, message_sum
+    from contsp_core import kernels
 except ImportError:
-    message_sum = None
+    kernels = None
 
 
 @dataclass(frozen=True)
@@ -43,25 +44,18 @@ class EnergyConfig:
     noise_default: float = 0.4  # Å; the level at which the energy is read unless another is asked for
     strain_noise: float = 0.1  # κ, Å⁻¹: at noise level σ the cell is strained by a Gaussian of width min(κσ, cap)
     strain_cap: float = 1.0
-    n_start_cells: int = 512  # cell shapes of training crystals that chains may start from
+    n_start_cells: int = 1  # training crystals whose cells chains may start from; training sets it to all
 
     def __post_init__(self) -> None:
-        for name in ("width", "n_conv", "n_fc", "n_start_cells"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected an integer ≥ 1")
-        if not (isinstance(self.n_basis, int) and self.n_basis >= 2):
-            raise ValueError(f"n_basis is {self.n_basis!r}, expected an integer ≥ 2")
-        positive = ("basis_max", "basis_width", "cutoff_multiple", "reference_density", "noise_default")
-        for name in (*positive, "strain_noise", "strain_cap"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a positive number")
-        if not 0 <= self.density_weight < math.inf:
-            raise ValueError(f"density_weight is {self.density_weight!r}, expected a number ≥ 0")
-        if self.form not in ("paper", "residual"):
-            raise ValueError(f"form is {self.form!r}, expected 'paper' or 'residual'")
+        check_settings(self, n_basis=(2, math.inf), density_weight=(0, math.inf))
         levels = (self.noise_min, self.noise_max)
-        if levels != (None, None) and (None in levels or not 0 < self.noise_min < self.noise_max < math.inf):
+        if levels != (None, None) and (None in levels or not self.noise_min < self.noise_max):
             raise ValueError(f"noise_min, noise_max are {levels}, expected both None, or 0 < noise_min < noise_max")
+
+    @property
+    def n_vectors(self) -> int:
+        """How many features of the messages are also summed as vectors."""
+        return -(-self.width // 3) if self.form == "residual" else 0
 
 
 PRESETS: dict[str, EnergyConfig] = {  # as published
@@ -70,11 +64,9 @@ PRESETS: dict[str, EnergyConfig] = {  # as published
     "mpts52": EnergyConfig(width=64, n_conv=6, n_fc=4, n_basis=64),
     "carbon24": EnergyConfig(width=128, n_conv=6, n_fc=4, n_basis=128),
 }
-
-
 NOISE_LEVELS = EnergyConfig(  # an energy for score matching
     width=96, n_basis=64, basis_max=12.0, basis_width=1.5, cutoff_multiple=2.5, density_weight=0.1,
-    spectral_norm=False, noise_min=0.02, noise_max=1.5,
+    spectral_norm=False, form="residual", noise_min=0.02, noise_max=1.5, strain_noise=0.2,
 )  # fmt: skip
 
 
@@ -99,8 +91,9 @@ class GaussianBasis(nn.Module):
 class ContinuousConv(nn.Module):
     """Messages m_ij = w(d) σ(u) ⊙ v with (u, v) = (W₁h_i + W₂h_j + b) ⊙ (W₃φ(d) + b₃), and the update of h_i.
 
-    The paper's: h′_i = softplus(tanh(Σ_j m_ij) + h_i). Residual: h′_i = h_i + W₅ silu(W₄ tanh(Σ_j m_ij / 5)), which
-    does not saturate where an atom has many neighbours.
+    The paper's: h′_i = softplus(tanh(Σ_j m_ij) + h_i), which saturates where an atom has many neighbours and knows
+    no angles. Residual: h′_i = h_i + W₅ silu(W₄ tanh(Σ_j m_ij / 5) + W₆ tanh(√(1 + |W₇ Σ_j m_ij x_ij / R|²) − 1)), the
+    length taken over x, y, z: it changes with the angles between neighbours.
     """
 
     def __init__(self, config: EnergyConfig) -> None:
@@ -112,13 +105,18 @@ class ContinuousConv(nn.Module):
         if self.residual:
             self.lin4 = nn.Linear(config.width, config.width)
             self.lin5 = nn.Linear(config.width, config.width)
+            self.lin6 = nn.Linear(config.width, config.width, bias=False)
+            self.lin7 = nn.Linear(config.n_vectors, config.width, bias=False)
 
     def forward(self, nodes: Tensor, shift: Tensor | float, messages: Callable[..., Tensor]) -> Tensor:
         """(n_atoms, D) -> (n_atoms, D); ``messages(a, b, lin3)`` sums the messages of projected nodes."""
         summed = messages(self.lin1(nodes) + shift, self.lin2(nodes), self.lin3)
-        if self.residual:
-            return nodes + self.lin5(silu(self.lin4(torch.tanh(summed / 5))))
-        return softplus(torch.tanh(summed) + nodes)
+        if not self.residual:
+            return softplus(torch.tanh(summed) + nodes)
+        summed, vectors = summed[:, : nodes.shape[1]], summed[:, nodes.shape[1] :].unflatten(1, (3, -1))
+        length = (1 + self.lin7(vectors).square().sum(dim=1)).sqrt() - 1
+        hidden = self.lin4(torch.tanh(summed / 5)) + self.lin6(torch.tanh(length))
+        return nodes + self.lin5(silu(hidden))
 
 
 class NoiseFeatures(nn.Module):
@@ -167,16 +165,13 @@ class ContinuousCGCNN(nn.Module):
         self.register_buffer("atomic_volume", volumes)
         if config.noise_max is not None:
             self.register_buffer("start_cells", torch.eye(3).repeat(config.n_start_cells, 1, 1))  # volume 1
-            self.register_buffer("start_n_atoms", torch.ones(config.n_start_cells, dtype=torch.int64))
-        self.use_kernels = message_sum is not None
+            self.register_buffer(
+                "start_counts", torch.ones(config.n_start_cells, MAX_ATOMIC_NUMBER + 1, dtype=torch.uint8)
+            )
+        self.use_kernels = kernels is not None
 
     def forward(self, crystals: Crystals, sigma: Tensor | None = None) -> Tensor:
-        """(n_systems,) energies.
-
-        Args:
-            crystals: the batch.
-            sigma: (n_systems,) noise level, Å; only for an energy with noise levels.
-        """
+        """(n_systems,) energies of a batch; ``sigma`` (n_systems,), Å, is for an energy with noise levels only."""
         if sigma is None and self.noise_features is not None:
             sigma = torch.full_like(crystals.cell[:, 0, 0], self.config.noise_default)
         crystals = without_skew(crystals)  # a skewed cell has more images to search than the memory can hold
@@ -210,28 +205,37 @@ class ContinuousCGCNN(nn.Module):
         if self.use_kernels and crystals.cell.device.type == "cpu":
             return self._fused_messages(crystals, cutoff)
         graph = build_graph(crystals, cutoff.detach())
-        distance = edge_vectors(crystals, graph).square().sum(dim=1).clamp(min=1e-24).sqrt()
-        source, target = graph.source, graph.target
-        weight = _edge_weight(distance, crystals.to_atoms(cutoff).index_select(0, source))[:, None]
+        distance, weight, direction = self._edges(crystals, cutoff, graph, edge_vectors(crystals, graph))
+        source, target, n_vectors = graph.source, graph.target, self.config.n_vectors
         basis = self.distance_expansion(distance)
 
         def messages(received: Tensor, sent: Tensor, lin3: nn.Linear) -> Tensor:
-            total = received.new_zeros(len(received), received.shape[1] // 2)
+            total = received.new_zeros(len(received), received.shape[1] // 2 + 3 * n_vectors)
             edge_filter = lin3(basis)
-            for i, j in ((source, target), (target, source)):
+            for i, j, sign in ((source, target, 1), (target, source, -1)):
                 gate, value = ((received.index_select(0, i) + sent.index_select(0, j)) * edge_filter).chunk(2, dim=1)
-                total = total.index_add(0, i, weight * torch.sigmoid(gate) * value)
+                message = weight[:, None] * torch.sigmoid(gate) * value
+                vectors = sign * direction[:, :, None] * message[:, None, :n_vectors]
+                total = total.index_add(0, i, torch.cat([message, vectors.flatten(1)], dim=1))
             return total
 
         return messages
 
+    def _edges(self, crystals: Crystals, cutoff: Tensor, graph: Graph, vector: Tensor) -> tuple[Tensor, ...]:
+        """Of each edge: its length d (Å), its weight w(d), and its vector in units of R."""
+        distance = vector.square().sum(dim=1).clamp(min=1e-24).sqrt()
+        radius = crystals.to_atoms(cutoff).index_select(0, graph.source)
+        # w(d) = 1 + cos(π d / R): zero with zero slope at R; the clamp covers edges that rounding puts a hair beyond
+        weight = 1 + torch.cos(math.pi * (distance / radius).clamp(max=1))
+        return distance, weight, vector / radius[:, None]
+
     def _fused_messages(self, crystals: Crystals, cutoff: Tensor) -> Callable[[Tensor, Tensor, nn.Linear], Tensor]:
-        edges = build_edges(crystals, cutoff)
-        distance = edge_lengths(crystals, edges)
-        weight = _edge_weight(distance, crystals.to_atoms(cutoff).index_select(0, edges.graph.source))
+        edges = kernels.build_edges(crystals, cutoff)
+        vector = kernels.edge_vectors(crystals, edges)
+        distance, weight, direction = self._edges(crystals, cutoff, edges.graph, vector)
         # the interpolation error falls as the fourth power of spacing / s: 1e-9 for single, 1e-13 for double precision
         basis = self.distance_expansion
-        inverse_spacing = (16 if distance.dtype == torch.float32 else 160) / basis.width
+        inverse_spacing = (16 if distance.dtype == torch.float32 else 240) / basis.width
         n_nodes = int(min(float(cutoff.detach().nan_to_num(0, 0).max()), basis.reach) * inverse_spacing) + 3
         grid = torch.arange(n_nodes, dtype=distance.dtype) / inverse_spacing
         values, slopes = basis(grid), basis.slope(grid) / inverse_spacing
@@ -239,7 +243,8 @@ class ContinuousCGCNN(nn.Module):
 
         def messages(received: Tensor, sent: Tensor, lin3: nn.Linear) -> Tensor:
             table = torch.cat([lin3(values), slopes @ lin3.weight.T], dim=1)
-            return message_sum(received, sent, table, within, weight, inverse_spacing, edges)
+            edge = (within, weight, direction)
+            return kernels.message_sum(received, sent, table, *edge, self.config.n_vectors, inverse_spacing, edges)
 
         return messages
 
@@ -247,28 +252,16 @@ class ContinuousCGCNN(nn.Module):
     def from_public_weights(cls, weights: Mapping[str, np.ndarray], preset: str = "perov5") -> ContinuousCGCNN:
         """From weights named as in the public implementation, in their own precision, in evaluation mode.
 
-        Raises:
-            ValueError: on an unknown preset, or on missing, unexpected or misshapen weights.
+        A ValueError tells of an unknown preset, or of missing, unexpected or misshapen weights.
         """
         if preset not in PRESETS:
             raise ValueError(f"preset is {preset!r}, expected one of {', '.join(PRESETS)}")
         model = cls(PRESETS[preset])
         state = {name: torch.as_tensor(np.asarray(array)) for name, array in weights.items()}
         dtype = next(iter(state.values())).dtype if state else torch.float32
-        own = {"atomic_volume": model.atomic_volume}
-        try:
-            model.to(dtype).load_state_dict(own | state)
-        except RuntimeError as error:
-            raise ValueError(f"weights do not fit preset {preset!r}: {' '.join(str(error).split())}") from None
+        with retold(f"weights do not fit preset {preset!r}", RuntimeError):
+            model.to(dtype).load_state_dict({"atomic_volume": model.atomic_volume} | state)
         return model.eval()
-
-
-def _edge_weight(distance: Tensor, cutoff: Tensor) -> Tensor:
-    """w(d) = 1 + cos(π d / R): zero with zero slope at R, which makes the energy continuous.
-
-    The clamp covers edges that rounding puts a hair beyond R.
-    """
-    return 1 + torch.cos(math.pi * (distance / cutoff).clamp(max=1))
 
 
 def energy_and_gradient(

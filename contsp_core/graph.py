@@ -31,11 +31,8 @@ class Graph:
 
     def directed(self) -> Graph:
         """Both directions of every edge."""
-        return Graph(
-            torch.cat([self.source, self.target]),
-            torch.cat([self.target, self.source]),
-            torch.cat([self.image, -self.image]),
-        )
+        ends = (self.source, self.target), (self.target, self.source), (self.image, -self.image)
+        return Graph(*map(torch.cat, ends))
 
 
 def cutoff_radius(crystals: Crystals, multiple: float = 3.0) -> Tensor:
@@ -119,3 +116,21 @@ def _search(
     far = vector.norm(dim=1) > cutoff[system]  # NaN is kept, and makes the energy NaN
     keep = ~far & ((source != target) | (first_nonzero > 0))
     return source[keep], target[keep], image[keep]
+
+
+@torch.no_grad()
+def nearest_neighbors(crystals: Crystals, n_neighbors: int) -> Graph:
+    """Directed edges from every atom to its ``n_neighbors`` nearest atoms or images."""
+    radius = (n_neighbors * crystals.volume / crystals.n_atoms) ** (1 / 3)
+    while True:  # the radius, common to the atoms of one crystal, grows until every atom has found enough
+        graph = build_graph(crystals, radius).directed()
+        found = torch.bincount(graph.source, minlength=len(crystals.positions))
+        poor = crystals.sum_atoms((found < n_neighbors).int()) > 0
+        if not poor.any():
+            break
+        radius = torch.where(poor, 1.25 * radius, radius)
+    distance = edge_vectors(crystals, graph).norm(dim=1)
+    order = torch.argsort(distance)
+    order = order[torch.argsort(graph.source[order], stable=True)]  # by atom, then by distance
+    kept = order[ragged_arange(torch.cumsum(found, 0) - found, torch.full_like(found, n_neighbors))]
+    return Graph(graph.source[kept], graph.target[kept], graph.image[kept])

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, one_hot
 from tqdm import tqdm
 
-from contsp_core.cgcnn import nearest_neighbors
 from contsp_core.crystals import Crystals, pack
-from contsp_core.graph import cutoff_radius, edge_vectors
+from contsp_core.graph import cutoff_radius, edge_vectors, nearest_neighbors
 from contsp_core.lattice import deform
 from contsp_core.transformations import TRANSFORMATIONS, supercell
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 Energy = Callable[[Crystals], Tensor]
 DELTAS = torch.logspace(-1, -8, 8, dtype=torch.float64)  # Å
-MAX_ATOMS = 1024  # handled at a time (at least one crystal), which bounds the memory
+MAX_ATOMS = 1024  # whose energy is computed at a time (at least one crystal), which bounds the memory
 NOISE_STEP = 1e-5  # Å: 20 units in the last place of a float32 coordinate of 5 Å, too short for curvature to show
 MARGIN = 10.0  # times the rounding noise: what counts as a change
 VERDICTS = ("impossible", "below rounding", "invariant", "continuous", "changes", "jump", "infinite")  # best to worst
@@ -69,9 +68,8 @@ def cross_cutoff(crystals: Crystals, cutoff: Tensor, n_neighbors: int, rng: torc
     vectors = offset @ crystals.to_atoms(crystals.cell)
     lengths = vectors.norm(dim=2)
     wrong = (lengths - crystals.to_atoms(cutoff)[:, None]).abs()
-    wrong = torch.where(lengths > 1e-3, wrong, torch.inf)  # coincident atoms have no direction
     wrong[first] = torch.inf
-    error, image = wrong.min(dim=1)
+    error, image = wrong.masked_fill(lengths < 1e-3, torch.inf).min(dim=1)  # coincident atoms have no direction
     second = _best_per_system(error, crystals)
     vector, length = vectors[second, image[second]], lengths[second, image[second]]
     return _moving_atom(crystals, second, vector / length[:, None], cutoff - length)
@@ -206,8 +204,7 @@ def audit(
         shortest two steps above it; ``n_checked`` crystals. ``attrs`` holds the seed and ``energy_std``, the standard
         deviation over the crystals, because a constant energy passes any audit.
 
-    Raises:
-        ValueError: on an unknown name or an energy of the wrong shape.
+    A ValueError tells of an unknown name, or of an energy of the wrong shape.
     """
     known = TRANSFORMATIONS | PROBES
     checks = list(known) if checks is None else list(checks)
@@ -215,60 +212,29 @@ def audit(
         raise ValueError(f"checks holds {unknown[0]!r}, expected names among {sorted(known)}")
     crystals, names = _as_batch(structures)
     function, rng = as_energy(energy), torch.Generator().manual_seed(seed)
-    records, energies = [], []
+    larger, rows = enlarge(crystals), []
+    floor = MARGIN * rounding_noise(function, crystals, rng)
     with tqdm(total=len(crystals) * len(checks), unit="check", disable=not progress) as bar:
-        for systems in pack(crystals.n_atoms.tolist(), MAX_ATOMS):
-            chunk = crystals[systems]
-            larger, index = enlarge(chunk), np.arange(len(crystals))[systems]
-            energies.append(function(chunk))
-            floor = MARGIN * rounding_noise(function, chunk, rng)
-            for name in checks:
-                if name in PROBES:
-                    path = PROBES[name](larger, _cutoff(energy, cutoff, larger), n_neighbors, rng)
-                    record = _continuity(function, path, floor, rng).assign(kind="continuity")
-                else:
-                    transform, kind = TRANSFORMATIONS[name]
-                    record = _invariance(function, chunk, transform(chunk, rng), floor).assign(kind=kind)
-                records.append(record.assign(check=name, index=index, material_id=[names[i] for i in index]))
-                bar.update(len(index))
-    table = _worst(pd.concat(records, ignore_index=True))
-    table.attrs = {"seed": seed, "energy_std": float(torch.cat(energies).std(correction=0))}
+        for name in checks:
+            if name in PROBES:
+                path = PROBES[name](larger, graph_cutoff(energy, larger, cutoff), n_neighbors, rng)
+                kind, found = "continuity", _continuity(function, path, floor, rng)
+            else:
+                transform, kind = TRANSFORMATIONS[name]
+                found = _invariance(function, crystals, transform(crystals, rng), floor)
+            found["severity"] = found["verdict"].map(VERDICTS.index)
+            worst = found.sort_values(["severity", "max_change"], na_position="first").iloc[-1]
+            row = {"check": name, "kind": kind, "material_id": names[worst.name], "index": worst.name}
+            rows.append(row | {"n_checked": (found["verdict"] != "impossible").sum()} | worst.to_dict())
+            bar.update(len(crystals))
+    columns = "check kind verdict max_change floor lipschitz exponent material_id index n_checked"
+    table = pd.DataFrame(rows, columns=columns.split())
+    table.attrs = {"seed": seed, "energy_std": float(function(crystals).std(correction=0))}
     return table
 
 
-def continuity_profile(
-    energy: Energy | Calculator,
-    crystal: Crystals | Structure,
-    deltas: Sequence[float],
-    probe: str = "atom crosses the cutoff",
-    seed: int = 0,
-    *,
-    cutoff: float | None = None,
-    n_neighbors: int = 12,
-) -> pd.DataFrame:
-    """The energy of one crystal along one path: columns ``delta`` (Å), ``energy`` and ``change``, |E(δ) − E(0)|.
-
-    ``deltas`` are displacements from the event, Å, of either sign; the other arguments are those of :func:`audit`.
-    """
-    if probe not in PROBES:
-        raise ValueError(f"probe is {probe!r}, expected one of {sorted(PROBES)}")
-    crystals, rng = enlarge(_as_batch(crystal)[0]), torch.Generator().manual_seed(seed)
-    if len(crystals) != 1:
-        raise ValueError(f"crystal holds {len(crystals)} crystals, expected one")
-    path = PROBES[probe](crystals, _cutoff(energy, cutoff, crystals), n_neighbors, rng)
-    if path.possible is not None and not path.possible.all():
-        raise ValueError(f"probe {probe!r} is impossible for this crystal, expected another crystal or probe")
-    displacements = torch.tensor([0.0, *deltas], dtype=torch.float64)[:, None]
-    values = path.energies(as_energy(energy), displacements)[:, 0].numpy()
-    return pd.DataFrame({"delta": deltas, "energy": values[1:], "change": np.abs(values[1:] - values[0])})
-
-
 def as_energy(energy: Energy | Calculator) -> Energy:
-    """A function ``Crystals -> (n_systems,)``, float64, in bounded memory, from a module, callable or ASE calculator.
-
-    Raises:
-        ValueError: if it is none of these; when called, if the energy has not one number per crystal.
-    """
+    """``Crystals -> (n_systems,)``, in float64 and bounded memory, from a module, a callable or an ASE calculator."""
     if isinstance(energy, nn.Module):
         energy = copy.deepcopy(energy).double().eval().requires_grad_(False)
     elif hasattr(energy, "get_potential_energy"):
@@ -287,6 +253,15 @@ def as_energy(energy: Energy | Calculator) -> Energy:
         return torch.cat(parts)
 
     return function
+
+
+def graph_cutoff(energy: Energy | Calculator, crystals: Crystals, cutoff: float | None = None) -> Tensor:
+    """(n_systems,) radius at which an energy cuts its graph, Å: the one given, else as :func:`audit` says."""
+    if cutoff is None and hasattr(energy, "get_potential_energy"):
+        cutoff = energy.parameters.get("rc") or energy.parameters.get("cutoff")
+    if cutoff is None:
+        return getattr(energy, "cutoff_radius", cutoff_radius)(crystals)
+    return torch.full_like(crystals.volume, float(cutoff))
 
 
 def rounding_noise(function: Energy, crystals: Crystals, rng: torch.Generator) -> Tensor:
@@ -369,16 +344,6 @@ def _size(change: Tensor) -> Tensor:
     return change.abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
-def _worst(records: pd.DataFrame) -> pd.DataFrame:
-    """The row with the worst verdict, then the largest change, of each check in order of appearance."""
-    records["severity"] = records["verdict"].map(VERDICTS.index)
-    records["n_checked"] = (records["verdict"] != "impossible").groupby(records["check"]).transform("sum")
-    rows = records.sort_values(["severity", "max_change"], na_position="first").groupby("check", sort=False).tail(1)
-    rows = rows.set_index("check").loc[records["check"].unique()].reset_index()
-    measured = ["max_change", "floor", "lipschitz", "exponent"]
-    return rows.reindex(columns=["check", "kind", "verdict", *measured, "material_id", "index", "n_checked"])
-
-
 def _as_batch(structures: Crystals | Structure | Iterable[Structure]) -> tuple[Crystals, list[str]]:
     if isinstance(structures, Crystals):
         return structures.to(torch.float64).to("cpu"), [str(index) for index in range(len(structures))]
@@ -394,11 +359,3 @@ def _calculator_energy(calculator: Calculator, crystals: Crystals) -> Tensor:
     with np.errstate(all="ignore"):  # overlapping atoms: the infinity is reported
         energies = [float(calculator.get_potential_energy(unit)) / len(unit) for unit in atoms]
     return torch.tensor(energies, dtype=torch.float64)
-
-
-def _cutoff(energy: Energy | Calculator, cutoff: float | None, crystals: Crystals) -> Tensor:
-    if cutoff is None and hasattr(energy, "get_potential_energy"):
-        cutoff = energy.parameters.get("rc") or energy.parameters.get("cutoff")
-    if cutoff is None:
-        return getattr(energy, "cutoff_radius", cutoff_radius)(crystals)
-    return torch.full_like(crystals.volume, float(cutoff))

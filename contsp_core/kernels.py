@@ -154,9 +154,9 @@ class _EdgeVectors(torch.autograd.Function):
         return *map(torch.from_numpy, grads), None, None
 
 
-def edge_lengths(crystals: Crystals, edges: EdgeList) -> Tensor:
-    """(n_edges,) distances |x_j + k L − x_i|, Å, differentiable once in the cell and the positions."""
-    return _EdgeVectors.apply(crystals.cell, crystals.positions, crystals.system_idx, edges).norm(dim=1)
+def edge_vectors(crystals: Crystals, edges: EdgeList) -> Tensor:
+    """(n_edges, 3) x_j + k L − x_i, Å, differentiable once in the cell and the positions."""
+    return _EdgeVectors.apply(crystals.cell, crystals.positions, crystals.system_idx, edges)
 
 
 def _sigmoid(x):
@@ -202,10 +202,46 @@ def _hermite(distance, inverse_spacing, n_nodes):
 
 
 @njit(inline="always")
-def _one_direction(D, ai, bj, c, g, ga, gb, gz, gc, w):
-    """Adjoint of a message with respect to a_i, b_j, c (accumulated) and w (returned); gz is scratch."""
-    one, gw = type(w)(1), type(w)(0)
-    for k in range(D):
+def _filter_at(W, table, row, ends, c):
+    """c = Σ ends · (value, slope) at both ends of an interval of the table."""
+    lower, upper, (v0, s0, v1, s1) = table[row], table[row + 1], ends
+    for k in range(W):
+        c[k] = v0 * lower[k] + s0 * lower[W + k] + v1 * upper[k] + s1 * upper[W + k]
+
+
+@njit(inline="always")
+def _receive(D, V, ai, bj, c, w, x, y, z, out):
+    for k in range(V):
+        message = w * _sigmoid((ai[k] + bj[k]) * c[k]) * ((ai[D + k] + bj[D + k]) * c[D + k])
+        out[k] += message
+        out[D + k] += x * message
+        out[D + V + k] += y * message
+        out[D + 2 * V + k] += z * message
+    for k in range(V, D):
+        out[k] += w * _sigmoid((ai[k] + bj[k]) * c[k]) * ((ai[D + k] + bj[D + k]) * c[D + k])
+
+
+@njit(inline="always")
+def _receive_backward(D, V, ai, bj, c, w, x, y, z, g, ga, gb, gz, gc):
+    """Adjoint of ``_receive`` with respect to a_i, b_j, c (accumulated), w, x, y and z (returned); gz is scratch."""
+    one, gw, gx, gy, g_z = type(w)(1), type(w)(0), type(w)(0), type(w)(0), type(w)(0)
+    for k in range(V):
+        s_u, s_v = ai[k] + bj[k], ai[D + k] + bj[D + k]
+        gate = _sigmoid(s_u * c[k])
+        value = s_v * c[D + k]
+        message = gate * value
+        gx += message * g[D + k]
+        gy += message * g[D + V + k]
+        g_z += message * g[D + 2 * V + k]
+        gm = (g[k] + x * g[D + k] + y * g[D + V + k] + z * g[D + 2 * V + k]) * gate
+        gw += gm * value
+        gv = gm * w
+        gu = gv * value * (one - gate)
+        gc[k] += gu * s_u
+        gc[D + k] += gv * s_v
+        gz[k] = gu * c[k]
+        gz[D + k] = gv * c[D + k]
+    for k in range(V, D):  # the same without the vectors; shared code would not vectorise
         s_u, s_v = ai[k] + bj[k], ai[D + k] + bj[D + k]
         gate = _sigmoid(s_u * c[k])
         value = s_v * c[D + k]
@@ -221,54 +257,50 @@ def _one_direction(D, ai, bj, c, g, ga, gb, gz, gc, w):
         ga[k] += gz[k]
     for k in range(2 * D):
         gb[k] += gz[k]
-    return gw
+    return gw, w * gx, w * gy, w * g_z
 
 
 @lru_cache
-def _message_kernels(D: int) -> tuple[Callable, Callable]:
-    """Forward and backward of one message pass, compiled for a width D: loops of known length vectorise better."""
+def _message_kernels(D: int, V: int) -> tuple[Callable, Callable]:
+    """Forward and backward of one message pass, compiled for its widths: loops of known length vectorise better."""
     W = 2 * D
 
     @njit(**FAST)
-    def forward(first, last, a, b, table, distance, weight, source, target, inverse_spacing, out):
-        """out_i = Σ_j w σ(z_u) z_v,  z = (a_i + b_j) c(d), over both directions of each edge."""
+    def forward(first, last, a, b, table, distance, weight, direction, source, target, inverse_spacing, out):
+        """out_i = Σ_j m, Σ_j m x, Σ_j m y, Σ_j m z over both directions of each edge; the last three of V features."""
         c = np.empty(W, a.dtype)
         for e in range(first, last):
-            i, j, w = source[e], target[e], weight[e]
-            row, (v0, s0, v1, s1), _ = _hermite(distance[e], inverse_spacing, len(table))
-            lower, upper = table[row], table[row + 1]
-            for k in range(W):
-                c[k] = v0 * lower[k] + s0 * lower[W + k] + v1 * upper[k] + s1 * upper[W + k]
-            ai, aj, bi, bj, out_i, out_j = a[i], a[j], b[i], b[j], out[i], out[j]
-            for k in range(D):
-                out_i[k] += w * _sigmoid((ai[k] + bj[k]) * c[k]) * ((ai[D + k] + bj[D + k]) * c[D + k])
-            for k in range(D):
-                out_j[k] += w * _sigmoid((aj[k] + bi[k]) * c[k]) * ((aj[D + k] + bi[D + k]) * c[D + k])
+            i, j, w, x, y, z = source[e], target[e], weight[e], direction[e, 0], direction[e, 1], direction[e, 2]
+            row, ends, _ = _hermite(distance[e], inverse_spacing, len(table))
+            _filter_at(W, table, row, ends, c)
+            _receive(D, V, a[i], b[j], c, w, x, y, z, out[i])
+            _receive(D, V, a[j], b[i], c, w, -x, -y, -z, out[j])
 
     @njit(**FAST)
     def backward(
-        first, last, a, b, table, distance, weight, source, target, inverse_spacing, grad,
-        grad_a, grad_b, grad_table, grad_distance, grad_weight,
+        first, last, a, b, table, distance, weight, direction, source, target, inverse_spacing, grad,
+        grad_a, grad_b, grad_table, grad_distance, grad_weight, grad_direction,
     ):  # fmt: skip
         """Adjoints of ``forward``; ``grad_table`` is empty if it is not wanted."""
         want_table = len(grad_table) > 0
         c, gc, gz = np.empty(W, a.dtype), np.empty(W, a.dtype), np.empty(W, a.dtype)
         for e in range(first, last):
-            i, j, w = source[e], target[e], weight[e]
-            row, (v0, s0, v1, s1), (dv0, ds0, dv1, ds1) = _hermite(distance[e], inverse_spacing, len(table))
-            lower, upper = table[row], table[row + 1]
+            i, j, w, x, y, z = source[e], target[e], weight[e], direction[e, 0], direction[e, 1], direction[e, 2]
+            row, ends, slopes = _hermite(distance[e], inverse_spacing, len(table))
+            _filter_at(W, table, row, ends, c)
             for k in range(W):
-                c[k] = v0 * lower[k] + s0 * lower[W + k] + v1 * upper[k] + s1 * upper[W + k]
                 gc[k] = type(w)(0)
-            gw = _one_direction(D, a[i], b[j], c, grad[i], grad_a[i], grad_b[j], gz, gc, w)
-            gw += _one_direction(D, a[j], b[i], c, grad[j], grad_a[j], grad_b[i], gz, gc, w)
-            gd = type(w)(0)
+            there = _receive_backward(D, V, a[i], b[j], c, w, x, y, z, grad[i], grad_a[i], grad_b[j], gz, gc)
+            back = _receive_backward(D, V, a[j], b[i], c, w, -x, -y, -z, grad[j], grad_a[j], grad_b[i], gz, gc)
+            grad_weight[e] = there[0] + back[0]
+            for k in range(3):
+                grad_direction[e, k] = there[1 + k] - back[1 + k]
+            lower, upper, (dv0, ds0, dv1, ds1), gd = table[row], table[row + 1], slopes, type(w)(0)
             for k in range(W):
                 gd += gc[k] * (dv0 * lower[k] + ds0 * lower[W + k] + dv1 * upper[k] + ds1 * upper[W + k])
             grad_distance[e] = gd
-            grad_weight[e] = gw
             if want_table:
-                for node, value, slope in ((grad_table[row], v0, s0), (grad_table[row + 1], v1, s1)):
+                for node, value, slope in ((grad_table[row], *ends[:2]), (grad_table[row + 1], *ends[2:])):
                     for k in range(W):
                         node[k] += value * gc[k]
                     for k in range(W):
@@ -279,12 +311,12 @@ def _message_kernels(D: int) -> tuple[Callable, Callable]:
 
 class _MessageSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, b, table, distance, weight, inverse_spacing, edges):
-        forward, ctx.kernel = _message_kernels(a.shape[1] // 2)
-        tensors = (a, b, table, distance, weight, edges.graph.source, edges.graph.target)
+    def forward(ctx, a, b, table, distance, weight, direction, n_vectors, inverse_spacing, edges):
+        forward, ctx.kernel = _message_kernels(a.shape[1] // 2, n_vectors)
+        tensors = (a, b, table, distance, weight, direction, edges.graph.source, edges.graph.target)
         arrays = [tensor.detach().contiguous().numpy() for tensor in tensors]
         arrays.append(arrays[0].dtype.type(inverse_spacing))
-        out = np.zeros((len(a), a.shape[1] // 2), arrays[0].dtype)
+        out = np.zeros((len(a), a.shape[1] // 2 + 3 * n_vectors), arrays[0].dtype)
         run_parts(forward, edges.first_edge, lambda part: (*arrays, out))
         ctx.arrays, ctx.first_edge = arrays, edges.first_edge
         return torch.from_numpy(out)
@@ -292,30 +324,35 @@ class _MessageSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        a, b, table, distance, weight, *_ = ctx.arrays
+        a, b, table, distance, weight, direction, *_ = ctx.arrays
         rows = len(table) if ctx.needs_input_grad[2] else 0
         grad_table = np.zeros((len(ctx.first_edge) - 1, rows, table.shape[1]), table.dtype)  # one slab per thread
-        grad_a, grad_b, grad_distance, grad_weight = map(np.zeros_like, (a, b, distance, weight))
+        grad_a, grad_b, *of_edges = map(np.zeros_like, (a, b, distance, weight, direction))
         arrays = (*ctx.arrays, grad.contiguous().numpy(), grad_a, grad_b)
-        run_parts(ctx.kernel, ctx.first_edge, lambda part: (*arrays, grad_table[part], grad_distance, grad_weight))
-        grads = (grad_a, grad_b, grad_table.sum(axis=0) if rows else None, grad_distance, grad_weight)
-        return *(array if array is None else torch.from_numpy(array) for array in grads), None, None
+        run_parts(ctx.kernel, ctx.first_edge, lambda part: (*arrays, grad_table[part], *of_edges))
+        grads = (grad_a, grad_b, grad_table.sum(axis=0) if rows else None, *of_edges)
+        return *(array if array is None else torch.from_numpy(array) for array in grads), None, None, None
 
 
 def message_sum(
-    a: Tensor, b: Tensor, table: Tensor, distance: Tensor, weight: Tensor, inverse_spacing: float, edges: EdgeList
-) -> Tensor:
-    """Σ_j w_ij σ(u_ij) ⊙ v_ij with (u, v)_ij = (a_i + b_j) ⊙ c(d_ij), for every atom i, over both edge directions.
+    a: Tensor, b: Tensor, table: Tensor, distance: Tensor, weight: Tensor, direction: Tensor, n_vectors: int,
+    inverse_spacing: float, edges: EdgeList,
+) -> Tensor:  # fmt: skip
+    """Σ_j m_ij, and of the first features Σ_j m_ij x_ij, Σ_j m_ij y_ij, Σ_j m_ij z_ij, over both edge directions.
+
+    m_ij = w_ij σ(u_ij) ⊙ v_ij with (u, v)_ij = (a_i + b_j) ⊙ c(d_ij).
 
     Args:
         a, b: (n_atoms_total, 2 D) projections of the receiving and of the sending atom.
         table: (n_nodes, 4 D) the filter c and its slope times the node spacing, at distances 0, 1, 2 … spacings.
         distance: (n_edges,) Å.
         weight: (n_edges,) w(d).
+        direction: (n_edges, 3) (x, y, z)_ij, of the other sign for the other direction of the edge.
+        n_vectors: V, the number of features of which the last three sums are taken.
         inverse_spacing: nodes per Å.
-        edges: the edges that distance and weight belong to.
+        edges: the edges that distance, weight and direction belong to.
 
     Returns:
-        (n_atoms_total, D), differentiable once in all tensors.
+        (n_atoms_total, D + 3 V), differentiable once in all tensors.
     """
-    return _MessageSum.apply(a, b, table, distance, weight, inverse_spacing, edges)
+    return _MessageSum.apply(a, b, table, distance, weight, direction, n_vectors, inverse_spacing, edges)

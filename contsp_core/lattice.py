@@ -42,14 +42,8 @@ def niggli_reduce(cell: Tensor) -> tuple[Tensor, Tensor]:
     The metric of the result depends on the lattice only, not on the basis given. A cell that is reduced already, is
     not finite, or is flat (linearly dependent to within rounding) is returned unchanged, with the identity.
 
-    Args:
-        cell: (n, 3, 3), rows are lattice vectors, Å; float32 or float64, any device. Differentiable.
-
-    Returns:
-        Reduced cells (n, 3, 3), and transforms (n, 3, 3) int64 with determinant +1: reduced = transforms @ cell.
-
-    Raises:
-        ValueError: on a wrong shape or dtype.
+    Cells are (n, 3, 3), Å, float32 or float64, on any device. Returned are reduced cells (n, 3, 3), differentiable, and
+    transforms (n, 3, 3) int64 of determinant +1: reduced = transforms @ cell.
     """
     if cell.ndim != 3 or cell.shape[1:] != (3, 3):
         raise ValueError(f"cell has shape {tuple(cell.shape)}, expected (n, 3, 3)")
@@ -99,14 +93,8 @@ def without_skew(crystals: Crystals) -> Crystals:
 def apply_strain(crystals: Crystals, strain: Tensor) -> Crystals:
     """L' = L exp(ε), every atom carried along at fixed fractional coordinates.
 
-    The move acts on space, so it does not depend on how the solid is described. The strain −ε undoes it.
-
-    Args:
-        crystals: n_systems crystals.
-        strain: (n_systems, 3, 3), symmetric, dimensionless, dtype of the cell. Differentiable, also at 0.
-
-    Raises:
-        ValueError: on a wrong shape.
+    The move acts on space, so it does not depend on how the solid is described. The strain −ε undoes it. ``strain`` is
+    (n_systems, 3, 3), symmetric, dimensionless, of the dtype of the cell; differentiable, also at 0.
     """
     if strain.shape != crystals.cell.shape:
         raise ValueError(f"strain has shape {tuple(strain.shape)}, expected {tuple(crystals.cell.shape)}")
@@ -125,10 +113,9 @@ def _metric(vectors: Tensor) -> Tensor:
 
 
 def _is_strictly_reduced(cell: Tensor) -> Tensor:
-    """Whether all Niggli inequalities hold by more than the tolerance, so that no other basis comes close."""
+    """Whether all Niggli inequalities hold by more than the tolerance, so that no other basis comes close: quick."""
     (a2, b2, c2), scalar = _metric(cell).split(3)
-    margin = TOLERANCE * a2
-    size = 2 * scalar.abs()
+    margin, size = TOLERANCE * a2, 2 * scalar.abs()
     acute = (scalar > margin).all(0)
     obtuse = (scalar < -margin).all(0) & (size.sum(0) + margin < a2 + b2)
     ordered = (a2 + margin < b2) & (b2 + margin < c2)
@@ -166,32 +153,26 @@ def _is_resolved(basis: Tensor, cell: Tensor) -> Tensor:
 def _size_reduce(basis: Tensor) -> Tensor:
     """Shorten b by a, and c by a and b, while that helps; basis (n, 3, 6): vectors beside their integer coordinates."""
     for _ in range(MAX_ITERATIONS):
-        norms = basis[..., :3].square().sum(-1)
-        order = norms.argsort(-1)
+        norms, order = basis[..., :3].square().sum(-1).sort(-1)
         first, second, third = order.unbind(-1)
         parity = (second - first) * (third - first) * (third - second) // 2
         basis = basis.gather(1, order.unsqueeze(-1).expand(-1, -1, 6)) * parity.view(-1, 1, 1)
         a, b, c = basis.unbind(1)
-        sizeable = norms.amin(-1, keepdim=True) > MIN_LENGTH**2
-        b, b_shorter = _if_shorter(b, b - _projection(b, a).round() * a, sizeable)
-        c_new = c - _projection(c, b - _projection(b, a) * a).round() * b
-        c, c_shorter = _if_shorter(c, c_new - _projection(c_new, a).round() * a, sizeable)
-        basis = torch.stack([a, b, c], 1)
-        if not (b_shorter | c_shorter).any():
+        b = b - _projection(b, a).round() * a
+        c = c - _projection(c, b - _projection(b, a) * a).round() * b
+        c = c - _projection(c, a).round() * a
+        new = torch.stack([a, b, c], 1)
+        shorter = new[..., :3].square().sum(-1) < (1 - 1e-9) * norms  # by more than rounding, so that the loop ends
+        shorter &= norms[:, :1] > MIN_LENGTH**2
+        if not shorter.any():
             break
+        basis = torch.where(shorter.unsqueeze(-1), new, basis)
     return basis
 
 
 def _projection(row: Tensor, onto: Tensor) -> Tensor:
     row, onto = row[:, :3], onto[:, :3]
     return (row * onto).sum(-1, keepdim=True) / onto.square().sum(-1, keepdim=True).clamp(min=MIN_LENGTH**2)
-
-
-def _if_shorter(old: Tensor, new: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-    """Strict decrease, by more than rounding, is what makes the loop end."""
-    norm_old, norm_new = (row[:, :3].square().sum(-1, keepdim=True) for row in (old, new))
-    shorter = allowed & (norm_new < (1 - 1e-9) * norm_old)
-    return torch.where(shorter, new, old), shorter
 
 
 def _obtuse_superbase(basis: Tensor) -> Tensor:
@@ -222,18 +203,12 @@ def _best_basis(metrics: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sign_change(metric: Tensor, margin: Tensor) -> Tensor:
-    """(n, 3, 1) signs, of product +1, that make D, E, F (of metric (n, 6)) all positive, or none positive.
-
-    A scalar product within the margin counts as zero, which leaves the sign of one vector free to serve the other two.
-    """
-    zero = metric[:, 3:].abs() <= margin
-    d, e, f = torch.where(metric[:, 3:] > margin, 1.0, -1.0).to(metric).unbind(-1)
-    wanted = torch.where(~zero.any(-1) & (d * e * f > 0), 1.0, -1.0).to(metric)  # +1: acute
-    sign_b, sign_c = wanted * f, wanted * e
-    sign_b = torch.where(zero[:, 2], wanted * d * sign_c, sign_b)
-    sign_c = torch.where(zero[:, 1] & ~zero[:, 2], wanted * d * sign_b, sign_c)
-    signs = torch.stack([torch.ones_like(sign_b), sign_b, sign_c], -1)
-    return (signs * signs.prod(-1, keepdim=True)).unsqueeze(-1)  # -1 (all three) keeps the metric and turns the hand
+    """(n, 3, 1) signs, of product +1, that make D, E, F (of metric (n, 6)) all exceed the margin, or none of them."""
+    signs = torch.tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]).to(metric)
+    scalar = metric[:, None, 3:] * signs  # D = b·c takes the signs of b and c, which are together that of a
+    exceeds = scalar > margin.unsqueeze(-1)
+    fits = exceeds.all(-1) | ~exceeds.any(-1)
+    return signs[fits.byte().argmax(-1)].unsqueeze(-1)
 
 
 @lru_cache

@@ -16,15 +16,14 @@ of the chain on solids does not depend on the cell, the orientation or the order
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from contsp_core.crystals import Crystals, Rng, random_rows
+from contsp_core.crystals import Crystals, Rng, check_settings, random_rows
 from contsp_core.energy import energy_and_gradient, strain_gradient
 from contsp_core.lattice import apply_strain, niggli
 
@@ -37,23 +36,14 @@ Measure = Literal["cartesian", "invariant"]
 
 @dataclass(frozen=True)
 class ChainState:
-    """A batch of chains: where they are, the energy there, and its gradients.
+    """A batch of chains: where they are, the energy there, and its gradients."""
 
-    Attributes:
-        crystals: current state, Niggli-reduced and wrapped.
-        energy: (n_systems,), dimensionless.
-        grad_strain: (n_systems, 3, 3) ∂E/∂ε of L exp(ε) at fixed fractional coordinates, for any description.
-        grad_positions: (n_atoms_total, 3) ∂E/∂X, Å⁻¹.
-        accepted: (n_systems,) bool, whether the last proposal was accepted.
-        n_nonfinite: (n_systems,) proposals so far rejected for a flat cell, or a non-finite energy or gradient.
-    """
-
-    crystals: Crystals
-    energy: Tensor
-    grad_strain: Tensor
-    grad_positions: Tensor
-    accepted: Tensor
-    n_nonfinite: Tensor
+    crystals: Crystals  # Niggli-reduced and wrapped
+    energy: Tensor  # (n_systems,), dimensionless
+    grad_strain: Tensor  # (n_systems, 3, 3) ∂E/∂ε of L exp(ε) at fixed fractional coordinates, for any description
+    grad_positions: Tensor  # (n_atoms_total, 3) ∂E/∂X, Å⁻¹
+    accepted: Tensor  # (n_systems,) bool, whether the last proposal was accepted
+    n_nonfinite: Tensor  # (n_systems,) proposals so far rejected for a flat cell, or a non-finite energy or gradient
 
 
 @dataclass(frozen=True)
@@ -70,30 +60,15 @@ class AnnealConfig:
     cell_step_ratio: float = 1.0  # η_c / η; the paper moves cell and atoms with one step size
 
     def __post_init__(self) -> None:
-        check_positive(self, *(name for name in self.__dataclass_fields__ if name not in ("proposal", "measure")))
-        for name, allowed in (("proposal", get_args(Proposal)), ("measure", get_args(Measure))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-
-
-def check_positive(config: object, *names: str) -> None:
-    """Refuse settings that are not positive and finite, or a number of steps that is no integer, in one line."""
-    for name in names:
-        value = getattr(config, name)
-        kind = int if name == "n_steps" else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
-            expected = "an integer ≥ 1" if kind is int else "a positive number"
-            raise ValueError(f"{name} is {value!r}, expected {expected}")
+        check_settings(self)
 
 
 def mala_init(energy: Energy, crystals: Crystals) -> ChainState:
     """Reduce the cells, wrap the atoms and evaluate the energy and its gradients once."""
     crystals = niggli(crystals)
     value, grad_cell, grad_positions = energy_and_gradient(energy, crystals)
-    never = torch.zeros_like(crystals.n_atoms)
-    return ChainState(
-        crystals, value, strain_gradient(crystals, grad_cell, grad_positions), grad_positions, never.bool(), never
-    )
+    grad_strain, never = strain_gradient(crystals, grad_cell, grad_positions), torch.zeros_like(crystals.n_atoms)
+    return ChainState(crystals, value, grad_strain, grad_positions, never.bool(), never)
 
 
 def mala_step(
@@ -109,8 +84,8 @@ def mala_step(
 
     Args:
         energy: maps a batch to (n_systems,) energies.
-        state: from :func:`mala_init` or a previous step.
-        step: (n_systems, 2) step sizes of cell and positions.
+        state: of :func:`mala_init` or a previous step.
+        step: (n_systems, 2) η of the cell (Å² or, for strain, dimensionless) and of the positions (Å²).
         temperature: (n_systems,) T; chains at different stages may share a batch.
         rng: source of randomness, on the CPU: one generator, or one a chain.
         proposal: see the module's docstring.
@@ -121,21 +96,26 @@ def mala_step(
         A new state. A proposal with a flat cell, or a non-finite energy or gradient, is rejected, and counted in
         ``n_nonfinite``.
     """
-    old = state.crystals
-    move = draw_move(state, proposal, step, temperature, rng)
-    moved, sound = _old_where_flat(apply_move(old, move, proposal), old)
-    crystals = niggli(moved)
-    value, grad_cell, grad_positions = energy_and_gradient(energy, crystals)
-    grad_strain = strain_gradient(crystals, grad_cell, grad_positions)
-    proposed = replace(state, crystals=crystals, energy=value, grad_strain=grad_strain, grad_positions=grad_positions)
+    old, move = state.crystals, draw_move(state, proposal, step, temperature, rng)
+    moved = apply_move(old, move, proposal)
+    sound = _is_sound(moved)
+    moved = _where(sound, moved, old)
+    new = mala_init(energy, moved)
+    back = reverse_move(old, moved, new.crystals, move, proposal)
     forward = log_move_density(move, mean_move(state, proposal, step, temperature), step, old)
-    back = reverse_move(old, moved, crystals, move, proposal)
-    backward = log_move_density(back, mean_move(proposed, proposal, step, temperature), step, old)
-    log_ratio = (state.energy - value) / temperature + backward - forward
-    log_ratio = log_ratio + log_measure_ratio(old, crystals, proposal, measure)
-    accepted = metropolis(log_ratio, rng)
-    finite = sound & torch.isfinite(value) & (torch.isfinite(log_ratio) | (log_ratio == torch.inf))
-    return _select(accepted & finite, proposed, replace(state, n_nonfinite=state.n_nonfinite + (~finite).long()))
+    backward = log_move_density(back, mean_move(new, proposal, step, temperature), step, old)
+    log_ratio = (state.energy - new.energy) / temperature + backward - forward
+    log_ratio = log_ratio + log_measure_ratio(old, new.crystals, proposal, measure)
+    finite = sound & new.energy.isfinite() & (log_ratio.isfinite() | (log_ratio == torch.inf))
+    accepted = metropolis(log_ratio, rng) & finite
+    return ChainState(
+        _where(accepted, new.crystals, old),
+        torch.where(accepted, new.energy, state.energy),
+        torch.where(accepted[:, None, None], new.grad_strain, state.grad_strain),
+        torch.where(old.to_atoms(accepted)[:, None], new.grad_positions, state.grad_positions),
+        accepted,
+        state.n_nonfinite + (~finite).long(),
+    )
 
 
 def anneal(
@@ -148,13 +128,8 @@ def anneal(
 ) -> ChainState:
     """Lower step size and temperature together along geometric schedules, as the paper does.
 
-    Args:
-        energy: maps a batch to (n_systems,) energies.
-        crystals: where the chains start.
-        config: schedules, proposal and measure.
-        rng: source of randomness, on the CPU: one generator, or one a chain.
-        on_step: called as ``on_step(index, state)`` after every step, for progress bars and records.
-        start: (n_systems,) in [0, 1), how far down its schedules each chain begins (default 0).
+    ``on_step(index, state)`` is called after every step, for progress bars and records; ``start``, (n_systems,) in
+    [0, 1), is how far down its schedules each chain begins (default 0). For the others see :func:`mala_step`.
     """
     state = mala_init(energy, crystals)
     ratio = torch.tensor([config.cell_step_ratio, 1.0]).to(crystals.cell)
@@ -178,22 +153,12 @@ class Move:
 
 
 def draw_move(state: ChainState, proposal: Proposal, step: Tensor, temperature: Tensor, rng: Rng) -> Move:
-    """Langevin proposal: mean −η ∇E / T and variance 2η along every independent direction.
-
-    Args:
-        state: where the chains are.
-        proposal: ``cartesian`` or ``strain``.
-        step: (n_systems, 2) η of the cell (Å² or, for strain, dimensionless) and η of the positions (Å²).
-        temperature: (n_systems,) T.
-        rng: source of randomness, on the CPU: one generator, or one a chain.
-    """
+    """Langevin proposal: mean −η ∇E / T and variance 2η along every independent direction; see :func:`mala_step`."""
     mean = mean_move(state, proposal, step, temperature)
     crystals, scale = state.crystals, (2 * step).sqrt()
-    cell = crystals.random_cells(rng, symmetric=proposal == "strain")
-    positions = crystals.random_atoms(rng)
-    return Move(
-        mean.cell + scale[:, 0, None, None] * cell, mean.positions + crystals.to_atoms(scale[:, 1:]) * positions
-    )
+    cell = scale[:, 0, None, None] * crystals.random_cells(rng, symmetric=proposal == "strain")
+    positions = crystals.to_atoms(scale[:, 1:]) * crystals.random_atoms(rng)
+    return Move(mean.cell + cell, mean.positions + positions)
 
 
 def mean_move(state: ChainState, proposal: Proposal, step: Tensor, temperature: Tensor) -> Move:
@@ -262,29 +227,14 @@ def metropolis(log_ratio: Tensor, rng: Rng) -> Tensor:
     return uniform.to(log_ratio.device).log() < log_ratio
 
 
-def _old_where_flat(moved: Crystals, old: Crystals) -> tuple[Crystals, Tensor]:
-    """The old crystal in place of a proposal that is none (not finite, or flat), and (n_systems,) where it is one."""
-    broken = old.sum_atoms((~moved.positions.isfinite()).any(dim=1).to(old.cell.dtype)) > 0
-    volume = moved.volume
-    sound = torch.isfinite(volume) & (volume > MIN_ATOMIC_VOLUME * old.n_atoms) & ~broken
-    atoms = old.to_atoms(sound)[:, None]
-    cell = torch.where(sound[:, None, None], moved.cell, old.cell)
-    return moved.replace(cell=cell, positions=torch.where(atoms, moved.positions, old.positions)), sound
+def _is_sound(crystals: Crystals) -> Tensor:
+    """(n_systems,) bool: finite numbers, and a cell that is not flat."""
+    n_broken = crystals.sum_atoms((~crystals.positions.isfinite()).any(dim=1).long())
+    volume = crystals.volume
+    return volume.isfinite() & (volume > MIN_ATOMIC_VOLUME * crystals.n_atoms) & (n_broken == 0)
 
 
-def _select(accepted: Tensor, new: ChainState, old: ChainState) -> ChainState:
-    """Per system: the new state where accepted, the old one elsewhere."""
-    atoms = old.crystals.to_atoms(accepted)[:, None]
-    cells = accepted[:, None, None]
-    crystals = old.crystals.replace(
-        cell=torch.where(cells, new.crystals.cell, old.crystals.cell),
-        positions=torch.where(atoms, new.crystals.positions, old.crystals.positions),
-    )
-    return ChainState(
-        crystals,
-        torch.where(accepted, new.energy, old.energy),
-        torch.where(cells, new.grad_strain, old.grad_strain),
-        torch.where(atoms, new.grad_positions, old.grad_positions),
-        accepted,
-        old.n_nonfinite,
-    )
+def _where(chosen: Tensor, new: Crystals, old: Crystals) -> Crystals:
+    """Per system: the new geometry where chosen, the old one elsewhere."""
+    positions = torch.where(old.to_atoms(chosen)[:, None], new.positions, old.positions)
+    return old.replace(cell=torch.where(chosen[:, None, None], new.cell, old.cell), positions=positions)

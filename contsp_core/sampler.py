@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from contsp_core.crystals import Crystals, Rng, keyed_rng, pack, random_rows
-from contsp_core.diffusion import DiffusionConfig, reverse_diffusion
+from contsp_core.crystals import MAX_ATOMIC_NUMBER, Crystals, Rng, keyed_rng, pack, random_rows
+from contsp_core.diffusion import DiffusionConfig, reverse_diffusion, strain_width
 from contsp_core.energy import ContinuousCGCNN
+from contsp_core.lattice import apply_strain
 from contsp_core.mala import AnnealConfig, anneal
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
+
+MAX_ASSIGNMENTS = 5040  # 7!: with more elements of equal count, only so many ways to assign them are tried
 
 
 def random_crystals(species: Sequence[Sequence[int]], rng: Rng, reference_density: float = 0.05) -> Crystals:
@@ -30,36 +37,77 @@ def random_crystals(species: Sequence[Sequence[int]], rng: Rng, reference_densit
 
 def uniform_atoms(cell: Tensor, species: Sequence[Sequence[int]], rng: Rng) -> Crystals:
     """Atoms of the given species, uniform in the given cells (n_systems, 3, 3)."""
-    counts = torch.tensor([len(numbers) for numbers in species])
-    system_idx = torch.repeat_interleave(torch.arange(len(species)), counts)
-    numbers = torch.tensor([number for numbers in species for number in numbers])
-    frac = random_rows(torch.rand, counts.tolist(), rng, cell.dtype)
-    crystals = Crystals(cell, frac, numbers, system_idx)
+    frac = random_rows(torch.rand, [len(numbers) for numbers in species], rng, cell.dtype)
+    crystals = Crystals.from_arrays(cell, frac, species, cell.dtype)
     return crystals.replace(positions=crystals.multiply_rows(frac, cell))
 
 
-def start_crystals(model: ContinuousCGCNN, species: Sequence[Sequence[int]], rng: Rng) -> Crystals:
+def start_crystals(
+    model: ContinuousCGCNN, species: Sequence[Sequence[int]], rng: Rng, numbers: Sequence[int] | None = None
+) -> Crystals:
     """Where chains start, in float64 on the CPU: as in the paper, or for an energy with noise levels at the largest.
 
-    There, atoms are uniform in a cell of the expected volume and, but for the strain of that level, of the shape of a
-    random training crystal with as many atoms (or with the nearest number).
+    There, atoms are uniform in the cell of a training crystal, scaled to the expected volume and strained as at that
+    level: sample ``numbers[system]`` (by default 0) of a composition takes the cell at that place of
+    :func:`similar_cells`, and begins again where there are not so many.
     """
     if model.noise_features is None:
         return random_crystals(species, rng, model.config.reference_density)
-    cells, bank = model.start_cells.cpu().double(), model.start_n_atoms.cpu()
-    volumes = model.atomic_volume.cpu().double()
-    draws = random_rows(torch.rand, [1] * len(species), rng, torch.float64, width=1)[:, 0].tolist()
-    shapes = []
-    for numbers, draw in zip(species, draws, strict=True):
-        distance = (bank - len(numbers)).abs()
-        candidates = torch.nonzero(distance == distance.min())[:, 0]
-        chosen = cells[candidates[int(draw * len(candidates))]]
-        shapes.append(chosen * volumes[list(numbers)].sum() ** (1 / 3))
-    crystals = uniform_atoms(torch.stack(shapes), species, rng)
-    width = min(model.config.strain_noise * model.config.noise_max, model.config.strain_cap)
-    deformation = torch.linalg.matrix_exp(width * crystals.random_cells(rng))
-    positions = crystals.multiply_rows(crystals.positions, deformation)
-    return crystals.replace(cell=crystals.cell @ deformation, positions=positions)
+    entries = [tuple(sorted(entry)) for entry in species]
+    similar = {entry: similar_cells(model, entry) for entry in set(entries)}
+    pairs = ((similar[entry], number) for entry, number in zip(entries, numbers or itertools.repeat(0)))
+    chosen = torch.stack([rows[number % len(rows)] for rows, number in pairs])
+    volumes = torch.stack([model.atomic_volume.cpu().double()[list(entry)].sum() for entry in entries])
+    cells = model.start_cells.cpu().double()[chosen] * volumes[:, None, None] ** (1 / 3)
+    crystals = uniform_atoms(cells, species, rng)
+    width = float(strain_width(model.config, torch.tensor(model.config.noise_max)))
+    return apply_strain(crystals, width * crystals.random_cells(rng))
+
+
+def similar_cells(model: ContinuousCGCNN, species: Sequence[int]) -> Tensor:
+    """(m,) training crystals whose cell a composition may have, the most likely first.
+
+    These are the crystals of its stoichiometry and number of atoms, in order of the mean over atoms of the distance of
+    the elements exchanged (:func:`element_distances`), assigned as is best. If there is none, all crystals whose number
+    of atoms is nearest.
+    """
+    bank, own = model.start_counts.cpu(), torch.bincount(torch.tensor(species), minlength=MAX_ATOMIC_NUMBER + 1)
+    rows = torch.nonzero((bank.sort(dim=1).values == own.sort().values).all(dim=1))[:, 0]
+    if len(rows) == 0:
+        difference = (bank.sum(dim=1) - len(species)).abs()
+        return torch.nonzero(difference == difference.min())[:, 0]
+    n_elements = int((own > 0).sum())
+    counts, elements = (column[-n_elements:] for column in own.sort(stable=True))
+    present = bank[rows].argsort(dim=1, stable=True)[:, -n_elements:]
+    distance = torch.from_numpy(element_distances())[present[:, :, None], elements]  # (m, n, n)
+    exchanged = distance[:, torch.arange(n_elements), torch.tensor(assignments(counts.tolist()))]
+    return rows[(exchanged * counts).sum(dim=2).min(dim=1).values.argsort(stable=True)]
+
+
+def assignments(counts: Sequence[int]) -> list[list[int]]:
+    """Ways to exchange elements of given counts, in ascending order: permutations among those of equal count."""
+    places = [list(group) for _, group in itertools.groupby(range(len(counts)), key=counts.__getitem__)]
+    orders = itertools.product(*map(itertools.permutations, places))
+    return [list(itertools.chain(*order)) for order in itertools.islice(orders, MAX_ASSIGNMENTS)]
+
+
+@lru_cache(maxsize=1)
+def element_distances() -> np.ndarray:
+    """(101, 101) chemical distance of elements: Euclidean, of three properties each scaled to unit variance.
+
+    The properties are Pettifor's Mendeleev number, the electronegativity (Pauling) and the atomic radius (Slater);
+    where one is not known it takes the mean of all elements.
+    """
+    from pymatgen.core import Element
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pymatgen warns of each element without electronegativity or radius
+        elements = [Element.from_Z(number) for number in range(1, MAX_ATOMIC_NUMBER + 1)]
+        rows = [[element.mendeleev_no, element.X, element.atomic_radius or math.nan] for element in elements]
+    properties = np.array(rows, dtype=float)
+    properties = (properties - np.nanmean(properties, axis=0)) / np.nanstd(properties, axis=0)
+    properties = np.nan_to_num(np.vstack([np.zeros(3), properties]))  # row 0 is no element
+    return np.linalg.norm(properties[:, None] - properties[None], axis=-1)
 
 
 def sampling_config(model: ContinuousCGCNN) -> DiffusionConfig | AnnealConfig:
@@ -90,7 +138,7 @@ def sample_structures(
     seed: int = 0,
     device: str | torch.device | None = None,
     *,
-    max_bytes: int | None = None,
+    batch_atoms: int | None = None,
     progress: bool = False,
 ) -> list[list[Structure]]:
     """Draw crystals of given species from a trained energy.
@@ -105,35 +153,39 @@ def sample_structures(
         n_steps: length of the chains; by default as the model's settings say.
         seed: the same seed on the same machine gives the same structures.
         device: where to run; by default where the model is.
-        max_bytes: chains are run in batches that fit in so much memory; see :func:`default_max_bytes`.
+        batch_atoms: atoms that move together, at about 20 kB each with the compiled kernels
+            and 1 to 2 MB without; by default 8192, or 1024 on a CPU without the kernels.
         progress: show a progress bar of chain steps.
 
     Returns:
         One list of structures per entry, each with its energy (dimensionless) in ``properties["energy"]``.
 
     Raises:
-        ValueError: on an entry that is no formula and no list of atomic numbers, or a count below 1.
+        ValueError: on an entry that is no formula and no list of atomic numbers, or a number that is no count.
     """
     from tqdm.auto import tqdm
 
     from contsp_core.data import resolve_species
 
-    for name, value in (("n_samples", n_samples), ("n_steps", 1 if n_steps is None else n_steps)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}, expected an integer ≥ 1")
+    given = {"n_samples": n_samples, "n_steps": n_steps, "batch_atoms": batch_atoms, "seed": seed}
+    for name, value in given.items():
+        least = 0 if name == "seed" else 1
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ValueError(f"{name} is {value!r}, expected an integer ≥ {least}")
     entries = [tuple(sorted(numbers)) for numbers in resolve_species(species)]
     config = sampling_config(model)
     config = config if n_steps is None else replace(config, n_steps=n_steps)
     if device is not None:
         model = copy.deepcopy(model).to(device)
     chains = [(numbers, n) for numbers in sorted(set(entries), key=lambda e: (len(e), e)) for n in range(n_samples)]
-    max_atoms = (max_bytes or default_max_bytes(model)) // bytes_per_atom(model)
-    batches = pack([len(numbers) for numbers, _ in chains], max_atoms)
+    plain = not model.use_kernels and next(model.parameters()).device.type == "cpu"
+    batches = pack([len(numbers) for numbers, _ in chains], batch_atoms or (1024 if plain else 8192))
     found: dict[tuple[int, ...], list[Structure]] = {numbers: [] for numbers in entries}
     with tqdm(total=len(batches) * config.n_steps, desc="sampling", unit="step", disable=not progress) as bar:
         for batch in batches:
             rng = [keyed_rng(seed, numbers, number) for numbers, number in chains[batch]]
-            start = start_crystals(model, [numbers for numbers, _ in chains[batch]], rng)
+            numbers, places = zip(*chains[batch])
+            start = start_crystals(model, numbers, rng, places)
             crystals = run_chains(model, start, config, rng, lambda *_: bar.update())
             with torch.no_grad():
                 energies = model(crystals).tolist()
@@ -141,29 +193,3 @@ def sample_structures(
                 structure.properties["energy"] = energy
                 found[numbers].append(structure)
     return [[structure.copy() for structure in found[numbers]] for numbers in entries]
-
-
-def bytes_per_atom(model: ContinuousCGCNN) -> int:
-    """Peak memory of an energy gradient per atom of the batch, bytes: what was measured, rounded up.
-
-    The fused kernels keep the edges, and the features of each atom in each layer; the plain path keeps the features of
-    each edge too.
-    """
-    config = model.config
-    edges = math.ceil(2 / 3 * math.pi * config.cutoff_multiple**3)  # undirected, at uniform density
-    features = config.width * config.n_conv
-    if _is_fused(model):
-        return 114 * edges + 39 * features
-    return 110 * edges * features
-
-
-def default_max_bytes(model: ContinuousCGCNN) -> int:
-    """100 MB with the fused kernels (larger batches gain little), 1 GB without, a quarter of the memory of a GPU."""
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 4
-    return (100 if _is_fused(model) else 1024) << 20
-
-
-def _is_fused(model: ContinuousCGCNN) -> bool:
-    return model.use_kernels and next(model.parameters()).device.type == "cpu"

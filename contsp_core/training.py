@@ -19,45 +19,46 @@ import os
 import platform
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal, get_args
 
 import torch
 from torch import Tensor, distributed, nn
 
 from contsp_core.checkpoints import load_model, read_tensors, save_checkpoint, write_tensors
-from contsp_core.crystals import Crystals, Rng, expand_composition, fit_atomic_volumes, keyed_rng, reduce_species
-from contsp_core.data import DATASETS, choose, load_split
-from contsp_core.diffusion import DiffusionConfig, random_noise_levels, score_matching_step
+from contsp_core.crystals import (
+    Crystals,
+    Rng,
+    check_settings,
+    expand_composition,
+    fit_atomic_volumes,
+    keyed_rng,
+    reduce_species,
+    similar_elements,
+)
+from contsp_core.data import DATASETS, choose, load_split, retold
+from contsp_core.diffusion import random_noise_levels, score_matching_step
 from contsp_core.energy import NOISE_LEVELS, PRESETS, ContinuousCGCNN, EnergyConfig
 from contsp_core.lattice import niggli_reduce
-from contsp_core.mala import AnnealConfig, ChainState, anneal
+from contsp_core.mala import AnnealConfig, anneal
 from contsp_core.sampler import random_crystals
 
-OBJECTIVES = ("score_matching", "contrastive_divergence")
+Objective = Literal["score_matching", "contrastive_divergence"]
+OBJECTIVES = get_args(Objective)
 MAX_RETRIES = 3  # returns to one saved state after a loss that is not finite
 AVERAGE_WARMUP = 10  # updates over which the average forgets its start
 Row = dict[str, float]  # of the log
 Buffer = dict[tuple[int, ...], tuple[Crystals, int]]  # species -> the last sample, and the update that made it
 
 
-LIMITS = {  # of the settings below; whole numbers where the limits are
-    "n_updates": (1, 2**62), "time_limit_s": (1e-3, 1e9), "batch_size": (1, 2**31), "learning_rate": (0.0, 1e3),
-    "warmup": (0, 2**62), "final_learning_rate": (0.0, 1.0), "weight_decay": (0.0, 1e3), "clip_norm": (1e-9, 1e9),
-    "ema_decay": (0.0, 1.0), "energy_penalty": (0.0, 1e9), "expand_p": (1e-3, 1.0), "max_atoms": (1, 2**31),
-    "buffer_share": (0.0, 1.0), "buffer_start": (0.0, 1.0), "seed": (0, 2**62),
-}  # fmt: skip
-
-
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of one training run, checked; the defaults are those of score matching."""
 
-    objective: str = "score_matching"
+    objective: Objective = "score_matching"
     n_updates: int | None = 20_000  # None: until the time is over
     time_limit_s: float | None = None  # whichever comes first; the learning rate follows
     batch_size: int = 128  # of all processes together
@@ -76,14 +77,9 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective is {self.objective!r}, expected one of {', '.join(OBJECTIVES)}")
-        for name, (least, most) in LIMITS.items():
-            value = getattr(self, name)
-            if value is None and name in ("n_updates", "time_limit_s", "max_atoms", "clip_norm"):
-                continue
-            if not isinstance(value, type(least) | int) or not least <= value <= most:
-                raise ValueError(f"{name} is {value!r}, expected {least} … {most}")
+        shares = dict.fromkeys(("final_learning_rate", "ema_decay", "expand_p", "buffer_share", "buffer_start"), (0, 1))
+        others = dict.fromkeys(("learning_rate", "warmup", "weight_decay", "energy_penalty", "seed"), (0, math.inf))
+        check_settings(self, **shares, **others)
         if self.n_updates is None and self.time_limit_s is None:
             raise ValueError("n_updates is None, expected a number where there is no time_limit_s")
 
@@ -93,11 +89,6 @@ PAPER = TrainConfig(
     weight_decay=0.0, clip_norm=None, ema_decay=0.0,
 )  # fmt: skip
 EPOCHS = {"perov5": (5, 11356), "mp20": (5, 27136), "mpts52": (3, 27380), "carbon24": (2, 6091)}  # published; crystals
-SAMPLING = {  # chosen on validation crystals of Perov-5 and MP-20; MPTS-52 takes a shorter chain of MP-20's kind
-    "perov5": DiffusionConfig(noise_scale=0.0),
-    "mp20": DiffusionConfig(250, anneal_share=0.72),
-    "mpts52": DiffusionConfig(150, anneal_share=0.6),
-}
 
 
 def preset(dataset: str, objective: str = TrainConfig.objective) -> tuple[EnergyConfig, TrainConfig]:
@@ -107,9 +98,9 @@ def preset(dataset: str, objective: str = TrainConfig.objective) -> tuple[Energy
     if objective == "contrastive_divergence":
         epochs, n_train = EPOCHS.get(dataset, EPOCHS["perov5"])
         return PRESETS.get(dataset, EnergyConfig()), replace(PAPER, n_updates=epochs * -(-n_train // PAPER.batch_size))
-    # cells of one shape need little strain; where shapes differ, atoms and cell must find their places together
-    strain_noise, noise_default = (0.1, 0.3) if dataset == "perov5" else (0.2, 0.4)
-    energy = replace(NOISE_LEVELS, strain_noise=strain_noise, noise_default=noise_default)
+    # a start bends the cell by the largest strain, and cells of Perov-5 are all alike
+    strain_cap, noise_default = (0.03, 0.3) if dataset == "perov5" else (0.06, 0.4)
+    energy = replace(NOISE_LEVELS, strain_cap=strain_cap, noise_default=noise_default)
     return energy, TrainConfig(objective, batch_size=64 if dataset == "mpts52" else 128)  # large cells take longer
 
 
@@ -144,70 +135,68 @@ def _sample(
     energy = copy.deepcopy(model).eval().requires_grad_(False)  # chains need no gradient in θ, and leave it alone
     starts, begin, ages = random_crystals(species, rng), torch.zeros(len(species)), []
     if buffer:
-        parts = [starts[system] for system in range(len(species))]
+        parts = list(starts)
         for system, (numbers, own) in enumerate(zip(species, rng)):
             found = buffer.get(tuple(numbers))
             if torch.rand((), generator=own) < config.buffer_share and found is not None:
                 parts[system], begin[system] = found[0].to(starts.cell.dtype), config.buffer_start
                 ages.append(update - found[1])
         starts = Crystals.cat(parts)
-    rates: list[float] = []
-
-    def record(_: int, state: ChainState) -> None:
-        rates.append(state.accepted.float().mean().item())
-
-    weight = next(model.parameters())
-    state = anneal(energy, starts.to(weight.device).to(weight.dtype), config.chain, rng, record, begin)
+    weight, accepted = next(model.parameters()), []
+    starts = starts.to(weight.device).to(weight.dtype)
+    state = anneal(energy, starts, config.chain, rng, lambda _, new: accepted.append(new.accepted.float()), begin)
     if buffer is not None and config.buffer_share > 0:
-        kept = state.crystals.to("cpu")
-        buffer |= {tuple(numbers): (kept[system], update) for system, numbers in enumerate(species)}
+        kept = zip(species, state.crystals.to("cpu"), strict=True)
+        buffer |= {tuple(numbers): (crystal, update) for numbers, crystal in kept}
     return state.crystals, {
-        "acceptance_rate": sum(rates) / len(rates),
-        "nonfinite_rate": state.n_nonfinite.float().mean().item() / len(rates),
+        "acceptance_rate": torch.cat(accepted).mean().item(),
+        "nonfinite_rate": state.n_nonfinite.float().mean().item() / len(accepted),
         "buffer_share": len(ages) / len(species),
         "buffer_age": sum(ages) / len(species),
     }
 
 
 def initial_model(crystals: Crystals, energy: EnergyConfig, seed: int, sampling: Any = None) -> ContinuousCGCNN:
-    """A model with random weights; with noise levels, also the atomic volumes and cell shapes of training crystals."""
+    """A model with random weights; with noise levels, also the atomic volumes and the cells of training crystals."""
+    if energy.noise_max is not None:
+        energy = replace(energy, n_start_cells=len(crystals))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ContinuousCGCNN(energy, sampling)
     if energy.noise_max is not None:
+        model.embedding.weight.data.copy_(similar_elements(energy.width, torch.Generator().manual_seed(seed)))
         model.atomic_volume.copy_(fit_atomic_volumes(crystals))
-        chosen = torch.randint(len(crystals), (energy.n_start_cells,), generator=torch.Generator().manual_seed(seed))
-        cells = niggli_reduce(crystals.cell)[0]
-        model.start_cells.copy_((cells / crystals.volume[:, None, None] ** (1 / 3))[chosen])
-        model.start_n_atoms.copy_(crystals.n_atoms[chosen])
+        model.start_cells.copy_(niggli_reduce(crystals.cell)[0] / crystals.volume[:, None, None] ** (1 / 3))
+        model.start_counts.copy_(crystals.element_counts)
     return model
 
 
 class TrainState:
     """All that training has made so far; :meth:`save` and :meth:`load` keep every bit of it."""
 
-    def __init__(self, model: ContinuousCGCNN, config: TrainConfig, data: dict[str, Any] | None = None) -> None:
+    def __init__(self, model: ContinuousCGCNN, config: TrainConfig, origin: dict[str, Any] | None = None) -> None:
+        self.origin = origin or {}  # of data and weights
         made_by = asdict(config) | {"n_updates": None, "time_limit_s": None}  # a resumed run may be longer
-        self.settings = json.loads(json.dumps((data or {}) | asdict(model.config) | made_by))
+        self.settings = json.loads(json.dumps(self.origin | asdict(model.config) | made_by))
         self.model = model.requires_grad_(True).train()
         self.averaged = copy.deepcopy(model).requires_grad_(False).eval()
         self.optimiser = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay)
         self.buffer: Buffer = {}
-        self.update = 0
+        self.begun_at = self.update = 0  # where this process took over, and where it is
         self.elapsed_s = 0.0
         self.n_retries = 0  # it enters the random numbers: the same ones would lead to the same failure
-        self.log_bytes = 0
+        self.rows: list[Row] = []  # of the log, not saved yet
         self.stopped_by: int | None = None  # the signal that ended the run early
 
     def save(self, path: Path) -> None:
         """Write everything to one file, whole or not at all."""
         groups = {"model": self.model.state_dict(), "averaged": self.averaged.state_dict()}
-        groups |= {str(index): entry for index, entry in self.optimiser.state_dict()["state"].items()}
+        groups |= self.optimiser.state_dict()["state"]
         if self.buffer:
             crystals, updates = zip(*self.buffer.values())
             groups["buffer"] = vars(Crystals.cat(crystals)) | {"update": torch.tensor(updates)}
         tensors = {f"{group}/{name}": tensor for group, entry in groups.items() for name, tensor in entry.items()}
-        progress = {name: getattr(self, name) for name in ("update", "elapsed_s", "n_retries", "log_bytes")}
+        progress = {name: getattr(self, name) for name in ("update", "elapsed_s", "n_retries")}
         write_tensors(path, tensors, {"settings": json.dumps(self.settings), "progress": json.dumps(progress)})
 
     def load(self, path: Path) -> None:
@@ -224,12 +213,12 @@ class TrainState:
         self.model.load_state_dict(groups.pop("model"))
         self.averaged.load_state_dict(groups.pop("averaged"))
         self.buffer = {}
-        if "buffer" in groups:
-            updates, kept = groups["buffer"].pop("update").tolist(), Crystals(**groups.pop("buffer"))
-            self.buffer = {tuple(kept.species[n]): (kept[n], update) for n, update in enumerate(updates)}
-        entries = {int(index): entry for index, entry in groups.items()}
-        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": entries})
-        vars(self).update(json.loads(metadata["progress"]))
+        if kept := groups.pop("buffer", None):
+            updates = kept.pop("update").tolist()
+            self.buffer = {tuple(*one.species): (one, update) for one, update in zip(Crystals(**kept), updates)}
+        moments = {int(index): entry for index, entry in groups.items()}
+        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": moments})
+        vars(self).update(json.loads(metadata["progress"]), rows=[])
 
 
 def train_step(state: TrainState, crystals: Crystals, config: TrainConfig, progress: float) -> Row:
@@ -332,21 +321,16 @@ class Job:
 
     def check(self) -> None:
         """Refuse, by a ValueError, a device that does not work and files that are not there to be written."""
-        if not 0 < self.save_every_s < math.inf:
-            raise ValueError(f"save_every_s is {self.save_every_s}, expected a positive number")
-        try:
+        with retold(f"device is {self.device!r}, which fails", RuntimeError, AssertionError):
             torch.zeros(1, device=self.device).item()
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device is {self.device!r}, which fails: {str(error).splitlines()[0]}") from None
         if self.output.suffix != ".safetensors":
             raise ValueError(f"output is {str(self.output)!r}, expected a path that ends in .safetensors")
-        existing = [path for path in (self.output, self.log, self.state) if path.exists()]
-        for path in existing:
-            if not path.is_file():
+        for path in (self.output, self.log, self.state):
+            if path.exists() and not path.is_file():
                 raise ValueError(f"output needs {str(path)!r}, which is no regular file; choose another name")
-        if self.log in existing and self.log.read_bytes()[:16] not in (b"", b"update,elapsed_s"):
+        if self.log.exists() and self.log.read_bytes()[:16] not in (b"", b"update,elapsed_s"):
             raise ValueError(f"output would overwrite {str(self.log)!r}, which is no training log")
-        existing = [path for path in existing if path.stat().st_size]
+        existing = [path for path in (self.output, self.log, self.state) if path.exists() and path.stat().st_size]
         if existing and not (self.resume or self.overwrite):
             raise ValueError(f"output {str(existing[0])!r} exists; resume goes on from it, overwrite begins anew")
         if existing and self.state not in existing and not self.overwrite:
@@ -361,49 +345,50 @@ def run(job: Job, on_row: Callable[[Row], None] | None = None) -> TrainState:
     that failed. What was saved before remains.
     """
     job.check()
+    (state, crystals), (rank, n_ranks) = _begin(job), _rank()
+    with _open_log(job) if rank == 0 else contextlib.nullcontext() as log, _signals(state):
+        if job.resume and job.state.is_file():
+            state.load(job.state)
+            state.begun_at = state.update
+        if n_ranks > 1:
+            distributed.barrier()  # all have read the state before it is written
+        if log is not None:
+            _cut_log(job, log, state.update)
+        started = time.monotonic() - state.elapsed_s
+        _save(job, state, log)
+        saved = time.monotonic()
+        while (progress := _progress(state, job.config, started)) < 1:
+            row = {"update": state.update, "elapsed_s": round(state.elapsed_s, 3)}
+            row |= train_step(state, crystals, job.config, progress)
+            if state.update == row["update"]:
+                _return_to_saved_state(job, state, row)
+                continue
+            state.rows.append(row)
+            if on_row is not None and rank == 0:
+                on_row(row)
+            if time.monotonic() - saved > job.save_every_s:
+                _save(job, state, log)
+                saved = time.monotonic()
+        _save(job, state, log)
+    return state
+
+
+def _begin(job: Job) -> tuple[TrainState, Crystals]:
+    """A fresh state, and the training crystals."""
     split = load_split(job.dataset, "train")
     crystals = split.crystals.to(torch.float32)
-    if job.n_structures is not None:
-        crystals = crystals[choose(range(len(crystals)), job.n_structures, job.config.seed)]
-    model, config, (rank, n_ranks) = _starting_model(job, crystals).to(job.device), job.config, _rank()
-    data = {
+    crystals = crystals[choose(range(len(crystals)), job.n_structures, job.config.seed)]
+    sampling = job.config.chain if job.energy.noise_max is None else None
+    model = load_model(job.initial) if job.initial else initial_model(crystals, job.energy, job.config.seed, sampling)
+    if job.config.objective == "score_matching" and model.config.noise_max is None:
+        raise ValueError("noise_max of the energy is None, but score_matching needs an energy with noise levels")
+    origin = {
         "dataset": job.dataset,
         "data": {"path": Path(split.source.path).name, "blob_id": split.source.blob_id},
         "n_structures": len(crystals),
         "initial": None if job.initial is None else Path(job.initial).name,
     }
-    state, rows = TrainState(model, config, data), []
-    with _open_log(job) if rank == 0 else contextlib.nullcontext() as log, _signals(state):
-        if job.resume and job.state.is_file():
-            state.load(job.state)
-        if n_ranks > 1:
-            distributed.barrier()  # all have read the state before it is written
-        started = time.monotonic() - state.elapsed_s
-        _save(job, state, data, rows, log)
-        saved = time.monotonic()
-        while (progress := _progress(state, config, started)) < 1:
-            row = {"update": state.update, "elapsed_s": round(state.elapsed_s, 3)}
-            row |= train_step(state, crystals, config, progress)
-            if state.update == row["update"]:
-                _return_to_saved_state(job, state, row)
-                rows = []
-                continue
-            rows.append(row)
-            if on_row is not None and rank == 0:
-                on_row(row)
-            if time.monotonic() - saved > job.save_every_s:
-                _save(job, state, data, rows, log)
-                rows, saved = [], time.monotonic()
-        _save(job, state, data, rows, log)
-    return state
-
-
-def _starting_model(job: Job, crystals: Crystals) -> ContinuousCGCNN:
-    sampling = SAMPLING.get(job.dataset) if job.energy.noise_max is not None else job.config.chain
-    model = load_model(job.initial) if job.initial else initial_model(crystals, job.energy, job.config.seed, sampling)
-    if job.config.objective == "score_matching" and model.config.noise_max is None:
-        raise ValueError("noise_max of the energy is None, but score_matching needs an energy with noise levels")
-    return model
+    return TrainState(model.to(job.device), job.config, origin), crystals
 
 
 def _progress(state: TrainState, config: TrainConfig, started: float) -> float:
@@ -433,16 +418,12 @@ def _return_to_saved_state(job: Job, state: TrainState, row: Row) -> None:
 @contextlib.contextmanager
 def _open_log(job: Job) -> Iterator[IO[bytes]]:
     """The log file, locked as long as the run lasts."""
-    try:
+    with retold(f"output {str(job.output)!r} cannot be written", OSError):
         job.output.parent.mkdir(parents=True, exist_ok=True)
-        log = job.log.open("ab")
-    except OSError as error:
-        raise ValueError(f"output {str(job.output)!r} cannot be written: {error.strerror}") from None
+        log = job.log.open("ab+")
     with log:
-        try:
+        with retold(f"output {str(job.output)!r} belongs to a training that is running", OSError):
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"output {str(job.output)!r} belongs to a training that is running") from None
         job.check()  # again: another run may have come and gone meanwhile
         for path in job.output.parent.glob(".*.tmp"):  # left by a run that was killed while it wrote
             if path.name.startswith((f".{job.output.name}-", f".{job.state.name}-")):
@@ -450,31 +431,35 @@ def _open_log(job: Job) -> Iterator[IO[bytes]]:
         yield log
 
 
-def _save(job: Job, state: TrainState, data: dict[str, Any], rows: list[Row], log: IO[bytes] | None) -> None:
-    """Log, then state, then checkpoint: a state knows the length of its log, which is cut back to it on resuming."""
+def _cut_log(job: Job, log: IO[bytes], n_updates: int) -> None:
+    """Remove what was written after the state was saved."""
+    log.seek(0)
+    lines = log.readlines()[: n_updates + 1 if n_updates else 0]  # with the header
+    if n_updates and (len(lines) <= n_updates or not lines[-1].endswith(b"\n")):
+        raise ValueError(f"log {str(job.log)!r} is shorter than when {str(job.state)!r} was saved")
+    log.truncate(sum(map(len, lines)))
+
+
+def _save(job: Job, state: TrainState, log: IO[bytes] | None) -> None:
+    """Log, then state, then checkpoint: a log may be ahead of its state, which is mended on resuming."""
     if log is None:  # another process saves
         return
-    lines = [",".join(map(str, row.values())) for row in rows]
-    if rows and not state.log_bytes:
-        lines = [",".join(rows[0]), *lines]
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {job.device}"
     made = {
         "training": asdict(job.config),
-        "machine": machine,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {job.device}",
         "n_updates": state.update,
         "elapsed_s": round(state.elapsed_s, 1),
         "n_retries": state.n_retries,
     }
     try:
-        if os.fstat(log.fileno()).st_size < state.log_bytes:
-            raise ValueError(f"log {str(job.log)!r} is shorter than when {str(job.state)!r} was saved")
-        log.truncate(state.log_bytes)
-        log.write("".join(f"{line}\n" for line in lines).encode())
+        header = [] if os.fstat(log.fileno()).st_size else state.rows[:1]
+        for row in (*header, *(row.values() for row in state.rows)):
+            log.write(",".join(map(str, row)).encode() + b"\n")
         log.flush()
         os.fsync(log.fileno())
-        state.log_bytes = os.fstat(log.fileno()).st_size
+        state.rows = []
         state.save(job.state)
-        save_checkpoint(job.output, state.averaged, data | made)
+        save_checkpoint(job.output, state.averaged, state.origin | made)
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"{job.output} cannot be saved: {reason}; what was saved before is intact") from error
@@ -489,8 +474,9 @@ def _signals(state: TrainState) -> Iterator[None]:
             raise KeyboardInterrupt
         state.stopped_by = number
 
-    is_main = threading.current_thread() is threading.main_thread()
-    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
+    old = {}
+    with contextlib.suppress(ValueError):  # only the main thread has signals
+        old |= {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -500,32 +486,35 @@ def _signals(state: TrainState) -> Iterator[None]:
 
 def main(arguments: Sequence[str]) -> None:
     """Train as the command line says; what goes wrong is told in one line, rows of the log appear on stderr."""
-    options = _parse_arguments(arguments)
+    speaks = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, the first one
     try:
-        energy, config = preset(options.dataset, options.objective)
-        limit = None if options.minutes is None else 60 * options.minutes
-        n_updates = config.n_updates if options.n_updates is None and limit is None else options.n_updates
-        config = replace(config, seed=options.seed, time_limit_s=limit, n_updates=n_updates)
-        output = options.output or Path("runs") / f"{options.dataset}.safetensors"
-        chosen = {name: getattr(options, name) for name in ("n_structures", "initial", "device", "resume", "overwrite")}
-        if "LOCAL_RANK" in os.environ:  # started by torchrun
-            is_cuda = options.device == "cuda" and torch.cuda.is_available()
+        job = _parse_arguments(arguments)
+        if "LOCAL_RANK" in os.environ:
+            is_cuda = job.device == "cuda" and torch.cuda.is_available()
             if is_cuda:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             distributed.init_process_group("nccl" if is_cuda else "gloo")
-        state = run(Job(options.dataset, output, energy, config, **chosen), _print_row)
+        state = run(job, _print_row)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped at once; --resume goes on from what was saved last" if speaks else 1) from None
     except (ValueError, FloatingPointError, OSError) as error:
-        raise SystemExit(f"error: {' '.join(str(error).split())}" if _rank()[0] == 0 else 1) from None
+        raise SystemExit(f"error: {' '.join(str(error).split())}" if speaks else 1) from None
     finally:
         if _rank()[1] > 1:
             distributed.destroy_process_group()
+    end = f"{job.output} holds the average after {state.update} updates"
     if state.stopped_by:
-        print(f"stopped after {state.update} updates; --resume goes on", file=sys.stderr)
+        end = f"stopped after {state.update} updates; --resume goes on"
+    elif state.update == state.begun_at:
+        end = f"{job.output} is finished: {state.update} updates in {state.elapsed_s / 60:.3g} minutes; "
+        end += "--resume with more --n-updates or --minutes goes on"
+    if speaks:
+        print(end, file=sys.stderr)
+    if state.stopped_by:
         raise SystemExit(128 + state.stopped_by)
-    print(f"{output} holds the average after {state.update} updates", file=sys.stderr)
 
 
-def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def _parse_arguments(arguments: Sequence[str]) -> Job:
     parser = argparse.ArgumentParser(prog="python -m contsp_core.training", description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", required=True, choices=DATASETS)
     parser.add_argument("--output", type=Path, help="checkpoint to write (default runs/<dataset>.safetensors)")
@@ -538,7 +527,16 @@ def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default=Job.device, help="cpu, cuda or cuda:<n>; with torchrun, cuda is one each")
     parser.add_argument("--resume", action="store_true", help="go on from a saved state, if there is one")
     parser.add_argument("--overwrite", action="store_true", help="begin anew in the place of an earlier run")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    energy, config = preset(options.dataset, options.objective)
+    limit, n_updates = options.minutes, options.n_updates
+    if limit is not None and not 1e-3 <= limit <= 1e7:
+        raise ValueError(f"--minutes is {limit}, expected 0.001 … 10000000")
+    n_updates = config.n_updates if n_updates is None and limit is None else n_updates
+    config = replace(config, seed=options.seed, n_updates=n_updates, time_limit_s=None if limit is None else 60 * limit)
+    output = options.output or Path("runs") / f"{options.dataset}.safetensors"
+    chosen = {name: getattr(options, name) for name in ("n_structures", "initial", "device", "resume", "overwrite")}
+    return Job(options.dataset, output, energy, config, **chosen)
 
 
 def _print_row(row: Row) -> None:

@@ -1,8 +1,9 @@
-"""How the energy answers when one atom of a crystal moves: the numbers behind the paper's Figure 2."""
+"""How an energy answers when one atom of a crystal moves (the paper's Figure 2), or along one path of the audit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from contsp_core.crystals import Crystals
-from contsp_core.invariance import as_energy
+from contsp_core.invariance import PROBES, as_energy, enlarge, graph_cutoff
 
 Energy = Callable[[Crystals], Tensor]
 
@@ -78,3 +79,40 @@ def describe_response(scan: pd.DataFrame) -> dict[str, float | str]:
         if (sign * growth > 0).all() and (sign * change > 0).mean() >= 1 - TOLERATED_SHARE:
             behaviour = name
     return {"share_above": float((change > 0).mean()), "range": float(np.ptp(scan["energy"])), "behaviour": behaviour}
+
+
+def continuity_profile(
+    energy: Any,
+    crystal: Crystals,
+    deltas: Sequence[float],
+    probe: str = "atom crosses the cutoff",
+    seed: int = 0,
+    cutoff: float | None = None,
+) -> pd.DataFrame:
+    """The energy of one crystal along one path of :data:`PROBES`.
+
+    Args:
+        energy: a module, a callable or an ASE calculator, as for :func:`contsp_core.invariance.audit`.
+        crystal: a batch of one.
+        deltas: displacements from the event, Å, of either sign.
+        probe: which path.
+        seed: of the pair of atoms, where the probe chooses one.
+        cutoff: radius of the graph, Å; by default that of the energy.
+
+    Returns:
+        Columns ``delta`` (Å), ``energy`` and ``change``, |E(δ) − E(0)|.
+
+    Raises:
+        ValueError: on an unknown probe, one that is impossible for this crystal, or more than one crystal.
+    """
+    if probe not in PROBES:
+        raise ValueError(f"probe is {probe!r}, expected one of {sorted(PROBES)}")
+    if len(crystal) != 1:
+        raise ValueError(f"crystal holds {len(crystal)} crystals, expected one")
+    larger, rng = enlarge(crystal.to(torch.float64)), torch.Generator().manual_seed(seed)
+    path = PROBES[probe](larger, graph_cutoff(energy, larger, cutoff), 12, rng)
+    if path.possible is not None and not path.possible.all():
+        raise ValueError(f"probe {probe!r} is impossible for this crystal, expected another crystal or probe")
+    displacements = torch.tensor([0.0, *deltas], dtype=torch.float64)[:, None]
+    values = path.energies(as_energy(energy), displacements)[:, 0].numpy()
+    return pd.DataFrame({"delta": deltas, "energy": values[1:], "change": np.abs(values[1:] - values[0])})

@@ -7,19 +7,20 @@ import pytest
 import torch
 from ase import Atoms
 from ase.neighborlist import neighbor_list
+from cgcnn import CGCNN
+from displacement import continuity_profile
 from hypothesis import given, settings
 from strategies import crystals
 
 from contsp_core import Crystals
-from contsp_core.cgcnn import CGCNN, nearest_neighbors
-from contsp_core.graph import edge_vectors
-from contsp_core.invariance import audit, continuity_profile
+from contsp_core.graph import edge_vectors, nearest_neighbors
+from contsp_core.invariance import audit
 
 CUTOFF = 4.0  # Å, short so that the tests are
 
 
 def small(neighbors: str, n_neighbors: int = 12) -> CGCNN:
-    return CGCNN(neighbors, cutoff=CUTOFF, n_neighbors=n_neighbors, n_features=8, n_basis=8, n_convolutions=2)
+    return CGCNN(neighbors, cutoff=CUTOFF, n_neighbors=n_neighbors, n_features=8)
 
 
 def disordered(n_systems: int = 6, n_atoms: int = 7, seed: int = 0) -> Crystals:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_card import model_card
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from test_energy import NOISY, SMALL, random_batch, small_model
@@ -272,7 +273,7 @@ def test_settings_that_make_no_sense_are_refused(saved, metadata):
 
 @pytest.mark.parametrize("name", ["perov5", "mp20", "mpts52", "prototypes"])
 def test_the_card_of_a_bundled_checkpoint_is_its_header_printed(name):
-    card = checkpoints.model_card(name)
+    card = model_card(name)
     assert card + "\n" == find_checkpoint(name).with_suffix(".md").read_text(encoding="utf-8")
     settings = read_settings(name)
     assert f"| data.blob_id | {settings['data']['blob_id']} |" in card

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from contsp_core.diffusion import (
 )
 from contsp_core.energy import strain_gradient
 from contsp_core.lattice import apply_strain
-from contsp_core.sampler import start_crystals
+from contsp_core.sampler import similar_cells, start_crystals
 
 STRAIN_NOISE = 0.3  # κ, Å⁻¹
 UPPER = ([0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2])  # the six entries of a symmetric matrix
@@ -199,7 +200,7 @@ def test_a_constant_energy_has_a_loss_of_one():
     """The score of the noise has the variance 1/σ² per direction, less the 3 of 3N directions that are translations."""
     model = small_model(NOISY)
     torch.nn.init.zeros_(model.fc_final.weight)
-    model.config = SimpleNamespace(**vars(model.config) | {"density_weight": 0.0})
+    model.config = replace(model.config, density_weight=0.0)
     n_systems, n_atoms = 600, 4
     crystals = Crystals.from_arrays(
         np.tile(5 * np.eye(3), (n_systems, 1, 1)),
@@ -212,11 +213,12 @@ def test_a_constant_energy_has_a_loss_of_one():
     assert row["loss_strain"] == pytest.approx(1, abs=0.07)
 
 
-def test_noise_levels_are_log_uniform_and_stratified():
+def test_noise_levels_are_log_normal_between_their_limits_and_stratified():
     model = small_model(NOISY)
-    sigma = random_noise_levels(model, 1000, generator())
-    share = (torch.log(sigma / NOISY.noise_min) / math.log(NOISY.noise_max / NOISY.noise_min)).sort().values
-    stratum = torch.arange(1000) / 1000  # one level in each
+    sigma = random_noise_levels(model, 1000, generator()).double()
+    law = stats.truncnorm(*(math.log(end / 0.35) for end in (NOISY.noise_min, NOISY.noise_max)))
+    share = np.sort(law.cdf(torch.log(sigma / 0.35).numpy()))
+    stratum = np.arange(1000) / 1000  # one level in each
     assert (share > stratum - 1e-5).all() and (share < stratum + 0.001 + 1e-5).all()
     assert not torch.equal(sigma, sigma.sort().values)
 
@@ -239,23 +241,21 @@ def known_model(
 
 
 def exact_moments(start: tuple[float, float], width: float, gain: float, noise_max: float, config: DiffusionConfig):
-    """Mean and variance after all steps of y ← y − g (σ² − σ′²) y / (c² + gσ²) + s σ′ √(g (σ² − σ′²)) ξ / σ.
+    """Mean and variance after all steps of y ← y − g (σ² − σ′²) y / (c² + gσ²) + σ′ √(g (σ² − σ′²)) ξ / σ.
 
-    On passing σ = 0.1: Langevin steps y ← y − g τσ² y / (c² + gσ²) + √(2 g τσ² T) ξ, T from 1 to its last value.
+    Before each of these, Langevin steps y ← y − g ησ² y / (c² + gσ²) + √(2 g ησ² T) ξ.
     """
-    n_anneal = round(config.anneal_share * config.n_steps)
-    sigmas = [*np.geomspace(noise_max, 0.02, config.n_steps - n_anneal), 0.0]
+    sigmas = [*np.geomspace(noise_max, 0.02, config.n_steps // (1 + config.n_corrections)), 0.0]
     mean, variance = start
     for sigma, below in pairwise(sigmas):
+        for _ in range(config.n_corrections):
+            moved = config.correction_step * sigma**2
+            factor = 1 - gain * moved / (width**2 + gain * sigma**2)
+            mean, variance = factor * mean, factor**2 * variance + 2 * gain * moved * config.temperature
         removed = sigma**2 - below**2
         factor = 1 - gain * removed / (width**2 + gain * sigma**2)
-        added = config.noise_scale**2 * gain * removed * below**2 / sigma**2
+        added = gain * removed * below**2 / sigma**2
         mean, variance = factor * mean, factor**2 * variance + added
-        if below < 0.1 <= sigma:
-            factor = 1 - gain * config.anneal_step * 0.01 / (width**2 + gain * 0.01)
-            for temperature in np.geomspace(1, config.temperature_last, n_anneal):
-                added = 2 * gain * config.anneal_step * 0.01 * temperature
-                mean, variance = factor * mean, factor**2 * variance + added
     return mean, variance
 
 
@@ -263,11 +263,11 @@ def assert_gaussian(values: np.ndarray, mean: float, variance: float) -> None:
     assert stats.kstest((values - mean).ravel() / math.sqrt(variance), "norm").pvalue > 1e-3
 
 
-@pytest.mark.parametrize(("noise_scale", "anneal_share"), [(1.0, 0.0), (0.5, 0.0), (0.5, 0.4)])
-def test_sampling_a_gaussian_pair_of_atoms_gives_its_mean_and_variance(noise_scale, anneal_share):
+@pytest.mark.parametrize(("n_corrections", "temperature"), [(0, 1.0), (3, 1.0), (3, 0.5)])
+def test_sampling_a_gaussian_pair_of_atoms_gives_its_mean_and_variance(n_corrections, temperature):
     """x₂ − x₁ ~ N(r, c² + 2σ²) at level σ, in a cell that does not move; N(r, c²) if all noise is added back."""
     n_systems, width, noise_max, n_steps, offset = 500, 0.2, 0.4, 60, 0.3
-    config = DiffusionConfig(n_steps, noise_scale, anneal_share=anneal_share)
+    config = DiffusionConfig(n_steps, n_corrections=n_corrections, temperature=temperature)
     bond = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
 
     def deviation(crystals: Crystals) -> Tensor:
@@ -292,7 +292,7 @@ def test_sampling_a_gaussian_pair_of_atoms_gives_its_mean_and_variance(noise_sca
     mean, expected = exact_moments((offset, variance), width, 2, noise_max, config)
     assert seen == list(range(n_steps))
     assert_gaussian(deviation(found).numpy(), mean, expected)
-    if noise_scale == 1:  # the steps are nearly fine enough
+    if n_corrections == 0:  # the steps are nearly fine enough
         assert expected == pytest.approx(width**2, rel=0.15) and abs(mean) < 0.3 * width
 
 
@@ -310,7 +310,7 @@ def test_sampling_a_gaussian_volume_gives_its_mean_and_variance():
         np.array([[1, 0, 0], [0.1, 1.1, 0], [0.2, 0.3, 1.3]]) / 1.43 ** (1 / 3) * np.exp(log_volume / 3)[:, None, None]
     )
     crystals = Crystals.from_arrays(cells, np.zeros((n_systems, 3)), [[1]] * n_systems, torch.float64)
-    model, config = known_model(log_density, kappa, noise_max), DiffusionConfig(n_steps, noise_scale=1.0)
+    model, config = known_model(log_density, kappa, noise_max), DiffusionConfig(n_steps, n_corrections=0)
     found = reverse_diffusion(model, crystals, config, generator())
     _, expected = exact_moments((0.0, variance), width, 3 * kappa**2, noise_max, config)
     assert_gaussian(found.volume.log().numpy() - centre, 0.0, expected)
@@ -327,7 +327,7 @@ def test_a_capped_strain_does_not_move_the_cell_until_the_levels_fall_below_the_
     start = centre + math.sqrt(width**2 + 3 * cap**2) * np.random.default_rng(0).standard_normal(n_systems)
     cells = np.eye(3) * np.exp(start / 3)[:, None, None]
     crystals = Crystals.from_arrays(cells, np.zeros((n_systems, 3)), [[1]] * n_systems, torch.float64)
-    model, config = known_model(log_density, kappa, 1.0, cap), DiffusionConfig(80, noise_scale=1.0)
+    model, config = known_model(log_density, kappa, 1.0, cap), DiffusionConfig(80, n_corrections=0)
     volumes: list[np.ndarray] = []
     reverse_diffusion(model, crystals, config, generator(), lambda _, c: volumes.append(c.volume.log().numpy()))
     sigmas = np.geomspace(1.0, 0.02, 80)
@@ -345,24 +345,22 @@ def test_sampling_goes_through_the_noise_levels_from_the_first_one(noise_first, 
         seen.append(sigma)
         return crystals.volume * 0
 
-    config = DiffusionConfig(5, noise_first=noise_first)
+    config = DiffusionConfig(5, noise_first=noise_first, n_corrections=0)
     reverse_diffusion(known_model(log_density, 0.1, 1.0), small_crystals(), config, generator())
     np.testing.assert_allclose(seen, np.geomspace(expected, 0.02, 5), rtol=1e-5)
 
 
-def test_a_share_of_the_steps_cools_the_energy_at_its_default_level():
+@pytest.mark.parametrize("n_steps", [12, 11])
+def test_at_each_level_corrections_come_before_the_step_down(n_steps):
     seen: list[float] = []
 
     def log_density(crystals: Crystals, sigma: float) -> Tensor:
-        seen.append(round(sigma, 9))
+        seen.append(sigma)
         return crystals.volume * 0
 
     model = known_model(log_density, 0.1, 1.0)
-    reverse_diffusion(model, small_crystals(), DiffusionConfig(10, anneal_share=0.4), generator())
-    assert len(seen) == 10 and seen.count(0.1) == 4 and seen == sorted(seen, reverse=True)
-    seen.clear()  # a chain that begins below that level has nothing to cool
-    reverse_diffusion(model, small_crystals(), DiffusionConfig(10, noise_first=0.05, anneal_share=0.4), generator())
-    assert len(seen) == 10 and max(seen) == pytest.approx(0.05)
+    reverse_diffusion(model, small_crystals(), DiffusionConfig(n_steps, n_corrections=3), generator())
+    np.testing.assert_allclose(seen, np.repeat(np.geomspace(1.0, 0.02, 3), 4)[-n_steps:], rtol=1e-5)
 
 
 @pytest.mark.parametrize("n_steps", [1, 2, 3])
@@ -374,29 +372,57 @@ def test_a_chain_however_short_ends_with_a_step_to_clean_crystals(n_steps):
         return crystals.volume * 0
 
     model = known_model(log_density, 0.1, 1.0)
-    reverse_diffusion(model, small_crystals(), DiffusionConfig(n_steps, anneal_share=1.0), generator())
+    reverse_diffusion(model, small_crystals(), DiffusionConfig(n_steps, n_corrections=0), generator())
     assert len(seen) == n_steps and seen[0] == 1
     assert n_steps == 1 or seen[-1] == pytest.approx(0.02)
 
 
-def test_without_noise_the_steps_are_deterministic():
+def test_at_temperature_zero_only_the_steps_down_are_random():
+    """Of one level there is one step down, to the mean of the clean crystals."""
     model, crystals = small_model(NOISY), small_crystals()
-    results = [reverse_diffusion(model, crystals, DiffusionConfig(4, noise_scale=0.0), generator(s)) for s in (0, 1)]
+    still = DiffusionConfig(4, temperature=0.0, n_corrections=3)
+    results = [reverse_diffusion(model, crystals, still, generator(s)) for s in (0, 1)]
     assert torch.equal(results[0].positions, results[1].positions)
     different = [reverse_diffusion(model, crystals, DiffusionConfig(4), generator(s)) for s in (0, 1)]
     assert not torch.equal(different[0].positions, different[1].positions)
 
 
-def test_the_start_has_the_expected_volume_the_shape_of_a_training_cell_and_uniform_atoms():
-    model = small_model(NOISY)
-    model.config = SimpleNamespace(**vars(model.config) | {"strain_noise": 0.0})
+def model_with_cells(*crystals: tuple[list[int], list[float]]):
+    """A model that knows these training crystals: atomic numbers, and edges of an orthorhombic cell."""
+    model = small_model(replace(NOISY, n_start_cells=len(crystals), strain_noise=1e-9))
     model.atomic_volume.copy_(torch.arange(101.0))
-    shape = torch.diag(torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64))
-    model.start_cells[:256], model.start_n_atoms[:256] = shape, 4
+    for row, (numbers, edges) in enumerate(crystals):
+        model.start_cells[row] = torch.diag(torch.tensor(edges) / np.prod(edges) ** (1 / 3))
+        model.start_counts[row] = torch.bincount(torch.tensor(numbers), minlength=101).to(torch.uint8)
+    return model
+
+
+def test_the_start_has_the_expected_volume_the_shape_of_a_training_cell_and_uniform_atoms():
+    model = model_with_cells(([3], [1, 1, 1]), ([3, 4, 5, 6], [1, 2, 0.5]))
     crystals = start_crystals(model, [[10, 20, 30, 40]] * 400 + [[5]], generator())
     assert crystals.volume[:400].numpy() == pytest.approx(np.full(400, 100.0), rel=1e-5)
-    torch.testing.assert_close(crystals.cell[0], shape * 100 ** (1 / 3))
-    torch.testing.assert_close(
-        crystals.cell[400], torch.eye(3, dtype=torch.float64) * 5 ** (1 / 3)
-    )  # the bank's other cells hold one atom
+    shape = torch.diag(torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64))
+    torch.testing.assert_close(crystals.cell[0], shape * 100 ** (1 / 3), rtol=1e-6, atol=1e-6)
+    cube = torch.eye(3, dtype=torch.float64) * 5 ** (1 / 3)
+    torch.testing.assert_close(crystals.cell[400], cube, rtol=1e-6, atol=1e-6)
     assert stats.kstest(crystals.frac_coords.numpy().ravel(), "uniform").pvalue > 1e-3
+
+
+def test_cells_come_from_like_crystals_nearest_elements_first():
+    model = model_with_cells(
+        ([55, 17], [1, 1, 1]),  # CsCl, far from NaF
+        ([11, 17], [1, 1, 2]),  # NaCl, near
+        ([9, 19], [1, 2, 2]),  # as near; if potassium becomes sodium
+        ([22, 8, 8], [1, 1, 3]),  # TiO₂
+        ([16, 40, 40], [1, 1, 4]),  # SZr₂, another with two of one and one of the other
+        ([12, 12, 8, 8], [3, 1, 1]),  # the stoichiometry, another number of atoms
+    )
+    order = similar_cells(model, [9, 11]).tolist()
+    assert sorted(order[:2]) == [1, 2] and order[2:] == [0]
+    assert similar_cells(model, [40, 16, 16]).tolist() == similar_cells(model, [40, 8, 8]).tolist()
+    assert similar_cells(model, [8, 8, 40]).tolist()[0] == 3
+    assert similar_cells(model, [1] * 5).tolist() == [5]  # nothing of one element: the nearest number of atoms
+    starts = start_crystals(model, [[9, 11]] * 4, generator(), [0, 1, 2, 3])
+    edges = starts.cell.diagonal(dim1=1, dim2=2) / starts.volume[:, None] ** (1 / 3)
+    torch.testing.assert_close(edges[0], edges[3], rtol=1e-6, atol=1e-6)  # after the third it begins again
+    torch.testing.assert_close(edges[2], torch.ones(3, dtype=torch.float64), rtol=1e-6, atol=1e-6)

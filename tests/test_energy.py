@@ -352,7 +352,7 @@ def test_the_filter_table_does_not_grow_with_an_empty_box():
         ({"n_basis": 1}, "n_basis is 1, expected an integer ≥ 2"),
         ({"cutoff_multiple": math.nan}, "cutoff_multiple is nan, expected a positive number"),
         ({"density_weight": -1.0}, "density_weight is -1.0, expected a number ≥ 0"),
-        ({"form": "deep"}, "form is 'deep', expected 'paper' or 'residual'"),
+        ({"form": "deep"}, "form is 'deep', expected one of paper, residual"),
         ({"noise_min": 0.1}, r"noise_min, noise_max are \(0.1, None\)"),
         ({"noise_min": 2.0, "noise_max": 1.0}, "0 < noise_min < noise_max"),
     ],

@@ -1,9 +1,11 @@
 """Evaluation of checkpoints and of folders of CIFs: nothing lost, nothing done twice, known answers for the judge."""
 
+import itertools
 import json
 import math
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +95,22 @@ def test_files_of_others_may_count_from_one_and_be_broken(tmp_path):
     assert missing == [None] * 10
 
 
+def test_a_file_that_takes_too_long_is_as_good_as_missing(tmp_path, monkeypatch):
+    """The parser is not ours, and the files are not either."""
+    parse = evaluation.parse_cifs
+
+    def hang_on_gold(texts):
+        if "Au" in texts[0]:
+            deque(itertools.repeat(0), maxlen=0)
+        return parse(texts)
+
+    monkeypatch.setattr(evaluation, "parse_cifs", hang_on_gold)
+    gold = Structure(Lattice.cubic(4), ["Au"], [[0, 0, 0]])
+    write_samples(tmp_path, "a", [cesium_chloride(), gold, cesium_chloride()])
+    (samples,) = read_samples(tmp_path, ["a"], n_jobs=1, time_limit_s=1.0)
+    assert [sample is not None for sample in samples] == [True, False, True]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -132,32 +150,45 @@ def test_ids_that_leave_the_folder_are_refused(tmp_path, material_id):
     assert contents(tmp_path) == {}
 
 
-def fill(folder, names="abcde", calls=None, fail_at=None):
-    calls = [] if calls is None else calls
+def fill(folder, names="abcde", fail_at=None):
+    calls = []
 
-    def make(rows):
+    def make(crystals):
         if len(calls) == fail_at:
             raise KeyboardInterrupt
-        calls.append(rows)
-        return [[cesium_chloride(3 + row)] * 2 for row in rows]
+        calls.append("".join(name for name, _ in crystals))
+        return [(name, [cesium_chloride(3 + len(species))] * 2) for name, species in crystals]
 
-    sizes = dict(zip("abcde", [10, 2, 6, 4, 8]))
-    fill_folder(folder, list(names), [sizes.get(name, 1) for name in names], make, chunk_atoms=6)
+    sizes = dict(zip("abcde", [5, 1, 3, 2, 4]))
+    crystals = [(name, [11] * sizes.get(name, 1)) for name in names]
+    fill_folder(folder, crystals, make, EvaluationConfig(n_samples=2, chunk_atoms=6, n_jobs=1))
     return calls
 
 
-def test_an_interruption_costs_one_chunk_and_changes_no_file(tmp_path):
+def test_an_interruption_costs_one_part_and_changes_no_file(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert fill(whole) == [[1, 3], [2], [4], [0]]  # by size, at most 6 atoms or one crystal
+    assert fill(whole) == ["a", "e", "c", "db"]  # the largest first, at most 6 atoms or one crystal
     with pytest.raises(KeyboardInterrupt):
         fill(broken, fail_at=2)
-    assert fill(broken) == [[4], [0]]
+    assert fill(broken) == ["c", "db"]
     assert contents(whole) == contents(broken)
     assert fill(broken) == []
     (whole / "d" / "energies.json").unlink()
     (whole / "e" / "01.cif").unlink()
-    assert fill(whole) == [[3], [4]]
+    assert fill(whole) == ["e", "d"]
     assert contents(whole) == contents(broken)
+
+
+def test_crystals_of_one_composition_are_made_together(tmp_path):
+    """They have the same samples, which are then made once."""
+    calls, species = [], {"a": [11, 17], "b": [3, 9], "c": [17, 11], "d": [9, 3]}
+
+    def make(crystals):
+        calls.append([name for name, _ in crystals])
+        return [(name, [None]) for name, _ in crystals]
+
+    fill_folder(tmp_path, list(species.items()), make, EvaluationConfig(n_samples=1, chunk_atoms=4, n_jobs=1))
+    assert calls == [["b", "d"], ["a", "c"]]
 
 
 def test_a_write_that_fails_leaves_no_file_that_looks_complete(tmp_path, monkeypatch):
@@ -255,6 +286,8 @@ def test_a_folder_of_perfect_cifs_scores_perfectly_and_missing_files_count(check
     assert scores["rmse"] == pytest.approx(0, abs=1e-5)
     assert result.table["energy"].iloc[0][0] == pytest.approx(result.table["reference_energy"].iloc[0], abs=1e-3)
     assert results_table([result.summary], published=False)["method"].unique() == ["CIF files"]
+    rows = pd.read_csv(tmp_path / "scores" / "per_crystal.csv")["rms"]
+    assert [json.loads(row, parse_constant=pytest.fail) for row in rows].count([None]) == 1  # NaN is no JSON
 
 
 @pytest.mark.parametrize(
@@ -264,18 +297,24 @@ def test_a_folder_of_perfect_cifs_scores_perfectly_and_missing_files_count(check
         ({"n_samples": 0}, "n_samples is 0, expected ≥ 1"),
         ({"n_structures": -5}, "n_structures is -5, expected ≥ 1"),
         ({"seed": -1}, "seed is -1, expected ≥ 0"),
+        ({"n_jobs": 0}, "n_jobs is 0, expected -1 .all cores. or an integer ≥ 1"),
+        ({"n_jobs": -2}, "n_jobs is -2, expected -1 "),
+        ({"n_jobs": 1.5}, "n_jobs is 1.5, expected -1 "),
+        ({"time_limit_s": 0}, "time_limit_s is 0, expected a positive number"),
+        ({"time_limit_s": math.inf}, "time_limit_s is inf, expected a positive number"),
     ],
 )
 def test_wrong_settings_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         EvaluationConfig(**options)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("options", "message"), [({"checkpoint": None}, "model is None"), ({"dataset": "x"}, "name='x'")]
 )
 def test_wrong_arguments_are_named(checkpoint, tmp_path, options, message):
-    arguments = {"checkpoint": checkpoint, "dataset": "prototypes", "output_dir": tmp_path} | options
+    arguments = {"checkpoint": checkpoint, "dataset": "prototypes", "output_dir": tmp_path, "settings": QUICK} | options
     with pytest.raises(ValueError, match=message):
         evaluate_checkpoint(**arguments)
 

@@ -18,7 +18,7 @@ from test_energy import SMALL, random_batch, small_model
 from contsp_core import energy, kernels
 from contsp_core.energy import ContinuousCGCNN, energy_and_gradient
 from contsp_core.graph import Graph, cutoff_radius, edge_vectors
-from contsp_core.kernels import EdgeList, build_edges, edge_lengths
+from contsp_core.kernels import EdgeList, build_edges
 
 
 def cubic(table: torch.Tensor, position: torch.Tensor, D: int) -> torch.Tensor:
@@ -38,50 +38,56 @@ def message_inputs(D: int = 5, dtype: torch.dtype = torch.float64) -> tuple[tupl
     shapes = [(len(crystals.positions), 2 * D), (len(crystals.positions), 2 * D), (n_nodes, 4 * D)]
     a, b, table = (torch.as_tensor(rng.standard_normal(shape), dtype=dtype) for shape in shapes)
     weight = torch.as_tensor(rng.random(len(distance)), dtype=dtype)
-    return tuple(tensor.requires_grad_() for tensor in (a, b, table, distance, weight)), edges
+    direction = torch.as_tensor(rng.standard_normal((len(distance), 3)), dtype=dtype)
+    return tuple(tensor.requires_grad_() for tensor in (a, b, table, distance, weight, direction)), edges
 
 
-def literal_sum(a, b, table, distance, weight, edges, inverse_spacing: float = 2.0) -> torch.Tensor:
-    """Σ_j w σ(u) v, one edge direction after the other."""
+def literal_sum(a, b, table, distance, weight, direction, n_vectors, inverse_spacing, edges) -> torch.Tensor:
+    """Σ_j m and Σ_j m ⊗ x with m = w σ(u) v, one edge direction after the other."""
     D = a.shape[1] // 2
     c = cubic(table, distance * inverse_spacing, D)
-    out = a.new_zeros(len(a), D)
-    for i, j in ((edges.graph.source, edges.graph.target), (edges.graph.target, edges.graph.source)):
+    out = a.new_zeros(len(a), D + 3 * n_vectors)
+    source, target = edges.graph.source, edges.graph.target
+    for i, j, x in ((source, target, direction), (target, source, -direction)):
         z = (a[i] + b[j]) * c
-        out = out.index_add(0, i, weight[:, None] * torch.sigmoid(z[:, :D]) * z[:, D:])
+        message = weight[:, None] * torch.sigmoid(z[:, :D]) * z[:, D:]
+        vectors = torch.einsum("ex,ek->exk", x, message[:, :n_vectors]).flatten(1)
+        out = out.index_add(0, i, torch.cat([message, vectors], dim=1))
     return out
 
 
+@pytest.mark.parametrize("n_vectors", [0, 3])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
-def test_the_message_sum_and_its_five_gradients_are_those_of_autograd(dtype, tolerance):
+def test_the_message_sum_and_its_six_gradients_are_those_of_autograd(dtype, tolerance, n_vectors):
     inputs, edges = message_inputs(dtype=dtype)
-    fused = kernels.message_sum(*inputs, 2.0, edges)
-    literal = literal_sum(*inputs, edges)
+    fused = kernels.message_sum(*inputs, n_vectors, 2.0, edges)
+    literal = literal_sum(*inputs, n_vectors, 2.0, edges)
     adjoint = torch.linspace(-1, 1, fused.numel(), dtype=dtype).view_as(fused)
     torch.testing.assert_close(fused, literal, rtol=tolerance, atol=10 * tolerance)
-    pairs = zip(torch.autograd.grad(fused, inputs, adjoint), torch.autograd.grad(literal, inputs, adjoint))
-    for ours, expected in pairs:
-        torch.testing.assert_close(ours, expected, rtol=10 * tolerance, atol=20 * tolerance)
+    options = {"allow_unused": True, "materialize_grads": True}  # without vectors nothing depends on the directions
+    ours, expected = (torch.autograd.grad(value, inputs, adjoint, **options) for value in (fused, literal))
+    for found, wanted in zip(ours, expected):
+        torch.testing.assert_close(found, wanted, rtol=10 * tolerance, atol=20 * tolerance)
 
 
 def test_no_gradient_of_the_table_is_made_when_none_is_asked_for():
-    (a, b, table, distance, weight), edges = message_inputs()
-    total = kernels.message_sum(a, b, table.detach(), distance, weight, 2.0, edges).sum()
-    with_table = kernels.message_sum(a, b, table, distance, weight, 2.0, edges).sum()
-    inputs = (a, b, distance, weight)
+    (a, b, table, *of_edges), edges = message_inputs()
+    total = kernels.message_sum(a, b, table.detach(), *of_edges, 2, 2.0, edges).sum()
+    with_table = kernels.message_sum(a, b, table, *of_edges, 2, 2.0, edges).sum()
+    inputs = (a, b, *of_edges)
     for one, other in zip(torch.autograd.grad(total, inputs), torch.autograd.grad(with_table, inputs)):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def test_lengths_and_their_gradients_are_those_of_autograd():
+def test_edge_vectors_and_their_gradients_are_those_of_autograd():
     crystals = random_batch()
     edges = build_edges(crystals, cutoff_radius(crystals))
     cell, positions = crystals.cell.clone().requires_grad_(), crystals.positions.clone().requires_grad_()
     moving = crystals.replace(cell=cell, positions=positions)
-    fused, literal = edge_lengths(moving, edges), edge_vectors(moving, edges.graph).norm(dim=1)
+    fused, literal = kernels.edge_vectors(moving, edges), edge_vectors(moving, edges.graph)
     torch.testing.assert_close(fused, literal)
-    adjoint = torch.linspace(-1, 2, len(fused), dtype=torch.float64)
-    pairs = zip(*(torch.autograd.grad(length, (cell, positions), adjoint) for length in (fused, literal)))
+    adjoint = torch.linspace(-1, 2, fused.numel(), dtype=torch.float64).view_as(fused)
+    pairs = zip(*(torch.autograd.grad(vector, (cell, positions), adjoint) for vector in (fused, literal)))
     for ours, expected in pairs:
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
@@ -98,7 +104,9 @@ def test_the_sigmoid_is_right_over_its_whole_range(dtype, limit, tolerance):
     pair = torch.arange(0, 2 * count, 2)
     edges = EdgeList(Graph(pair, pair + 1, torch.zeros(count, 3, dtype=torch.int32)), np.array([0, count]))
     at, one = torch.zeros(count, dtype=dtype), torch.ones(count, dtype=dtype)
-    found = kernels.message_sum(a, torch.zeros_like(a), table, at, one, 1.0, edges)[::2, 0].numpy()
+    found = kernels.message_sum(a, torch.zeros_like(a), table, at, one, at.new_zeros(count, 3), 0, 1.0, edges)[
+        ::2, 0
+    ].numpy()
     expected = special.expit(x.double().numpy())
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
     inside = np.abs(x.numpy()) < limit  # beyond, the exponent is held back from overflow
@@ -193,10 +201,10 @@ def test_both_paths_agree_at_every_width(width, dtype, tolerance):
 
 def test_an_atom_that_is_nowhere_reads_no_memory_but_the_table():
     """Its distances are NaN, and so is what it receives; the row of the table must still be one."""
-    (a, b, table, distance, weight), edges = message_inputs()
+    (a, b, table, distance, weight, direction), edges = message_inputs()
     lost = distance.detach().clone()
     lost[0] = torch.nan
-    found = kernels.message_sum(a, b, table, lost, weight, 2.0, edges)
+    found = kernels.message_sum(a, b, table, lost, weight, direction, 2, 2.0, edges)
     both = [int(edges.graph.source[0]), int(edges.graph.target[0])]
     (gradient,) = torch.autograd.grad(found.sum(), table)
     assert found[both].isnan().all()
@@ -215,5 +223,5 @@ def test_a_second_derivative_is_refused_instead_of_wrong():
 
 
 def test_without_numba_the_plain_path_is_taken(monkeypatch):
-    monkeypatch.setattr(energy, "message_sum", None)
+    monkeypatch.setattr(energy, "kernels", None)
     assert not ContinuousCGCNN(SMALL).use_kernels

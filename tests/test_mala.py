@@ -597,6 +597,25 @@ def test_a_proposal_that_is_no_crystal_is_rejected(kind, fused, monkeypatch):
     assert all(torch.isfinite(tensor).all() for tensor in (new.energy, new.grad_strain, new.grad_positions))
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+@pytest.mark.parametrize("where", [math.nan, math.inf, 1e300])
+def test_a_proposal_with_an_atom_nowhere_is_rejected(where, fused, monkeypatch):
+    model = small_model()
+    model.use_kernels = fused
+    state = mala_init(model, batch_of(np.stack([TRICLINIC] * 2), np.array([[[0.1, 0.2, 0.3], [0.5, 0.6, 0.7]]] * 2), 2))
+    draw = mala.draw_move
+
+    def impossible(*arguments) -> Move:
+        move = draw(*arguments)
+        return Move(move.cell, torch.cat([torch.full((1, 3), where, dtype=torch.float64), move.positions[1:]]))
+
+    monkeypatch.setattr(mala, "draw_move", impossible)
+    step, temperature = torch.full((2, 2), 1e-8, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    new = mala_step(model, state, step, temperature, generator())
+    assert new.accepted.tolist() == [False, True] and new.n_nonfinite.tolist() == [1, 0]
+    assert torch.equal(new.crystals.positions[:2], state.crystals.positions[:2])
+
+
 def test_a_step_does_not_change_its_input_and_repeats_with_its_generator():
     model = small_model()
     state = mala_init(model, random_crystals([[8, 22], [26]], generator(4)).to(torch.float64))
@@ -671,7 +690,7 @@ def test_an_unknown_proposal_is_refused():
         (AnnealConfig, {"temperature_first": -1.0}, "temperature_first is -1.0"),
         (AnnealConfig, {"proposal": "langevin"}, "proposal is 'langevin', expected one of cartesian, strain"),
         (DiffusionConfig, {"n_steps": True}, "n_steps is True"),
-        (DiffusionConfig, {"noise_scale": 1.5}, "noise_scale is 1.5, expected a number from 0 to 1"),
+        (DiffusionConfig, {"temperature": 1.5}, "temperature is 1.5, expected a number from 0 to 1"),
         (DiffusionConfig, {"noise_first": 0.0}, "noise_first is 0.0"),
     ],
 )

@@ -60,8 +60,8 @@ def with_energy(structure, energy):
     return structure
 
 
-def evaluate(*args, **kwargs):
-    return evaluate_csp(*args, n_jobs=1, progress=False, **kwargs)
+def evaluate(*args, n_jobs=1, **kwargs):
+    return evaluate_csp(*args, n_jobs, progress=False, **kwargs)
 
 
 def test_identical_structures_match_with_no_displacement():
@@ -306,7 +306,11 @@ def loop_in_compiled_code(endless=True):
 def test_a_worker_stuck_in_compiled_code_is_killed_and_replaced():
     tasks = [(number in (0, 5),) for number in range(20)]
     start = time.monotonic()
-    results = run_with_time_limit(loop_in_compiled_code, tasks, n_jobs=2, time_limit_s=0.5, progress=False)
+    handler = signal.signal(signal.SIGALRM, lambda *_: None)  # a child must not inherit it
+    try:
+        results = run_with_time_limit(loop_in_compiled_code, tasks, n_jobs=2, time_limit_s=0.5, progress=False)
+    finally:
+        signal.signal(signal.SIGALRM, handler)
     assert time.monotonic() - start < 6
     assert [number for number, result in enumerate(results) if result is None] == [0, 5]
     assert all(result != os.getpid() for result in results)
@@ -460,6 +464,9 @@ def test_candidates_may_be_ranked_after_pooling():
         ([rock_salt()] * 2, [[rock_salt()]] * 2, {"material_ids": ["a", None]}, "material_ids has a missing entry"),
         ([rock_salt()] * 2, [[rock_salt()]] * 2, {"material_ids": ["a", ""]}, "material_ids has a missing entry"),
         ([rock_salt()], [[rock_salt()]], {"time_limit_s": 0}, "time_limit_s is 0"),
+        ([rock_salt()], [[rock_salt()]], {"time_limit_s": math.nan}, "time_limit_s is nan"),
+        ([rock_salt()], [[rock_salt()]], {"n_jobs": 0}, "n_jobs is 0, expected -1 .all cores. or an integer ≥ 1"),
+        ([rock_salt()], [[rock_salt()]], {"n_jobs": -2}, "n_jobs is -2"),
     ],
 )
 def test_wrong_input_is_named_in_one_line(references, predictions, options, message):

@@ -24,7 +24,7 @@ from contsp_core.data import load_split
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "contsp_core").rglob("*.py"))
-CORE = ["crystals", "lattice", "data", "graph", "energy", "kernels", "cgcnn", "mala", "diffusion", "sampler"]
+CORE = ["crystals", "lattice", "data", "graph", "energy", "kernels", "mala", "diffusion", "sampler"]
 CORE += ["checkpoints", "training", "transformations", "invariance"]
 CSP = ["metrics", "candidates", "evaluation", "figures", "views"]
 LAYERS = [*CORE, *(f"csp.{name}" for name in CSP)]  # from the bottom to the top; each may import those before it
@@ -110,7 +110,7 @@ def lines_of(paths: list[Path]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("folder", "max_modules", "max_lines"), [("contsp_core", 14, 3900), ("contsp_core/csp", 5, 1500)]
+    ("folder", "max_modules", "max_lines"), [("contsp_core", 14, 3600), ("contsp_core/csp", 5, 1500)]
 )
 def test_package_can_be_read_in_one_sitting(folder, max_modules, max_lines):
     paths = sorted((ROOT / folder).glob("*.py"))

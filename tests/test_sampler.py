@@ -56,12 +56,12 @@ def test_the_global_seed_plays_no_part(model):
     assert all((a == b).all() for a, b in zip(*results))
 
 
-@pytest.mark.parametrize("max_bytes", [1, 30_000, 1 << 30])
-def test_a_sample_depends_on_seed_formula_and_number_alone(model, max_bytes):
+@pytest.mark.parametrize("batch_atoms", [1, 12, 10_000])
+def test_a_sample_depends_on_seed_formula_and_number_alone(model, batch_atoms):
     """Neither on what else is sampled, nor on order, nor on batches; float64, so that rounding stays small."""
     model = copy.deepcopy(model).double()
     alone = sample_structures(model, ["O2Ti"], n_samples=2, n_steps=3, seed=4)[0]
-    among = sample_structures(model, [*ENTRIES, "Fe2O3", "TiO2"], 3, 3, seed=4, max_bytes=max_bytes)
+    among = sample_structures(model, [*ENTRIES, "Fe2O3", "TiO2"], 3, 3, seed=4, batch_atoms=batch_atoms)
     for structures in (among[1], among[4]):  # [8, 22, 8] is TiO2 too
         for one, other in zip(alone, structures[:2], strict=True):
             np.testing.assert_allclose(one.lattice.matrix, other.lattice.matrix, atol=1e-9)
@@ -102,7 +102,9 @@ def test_a_model_is_sampled_as_its_settings_say():
     assert sampling_config(small_model(SMALL)) == AnnealConfig()
     model = small_model(NOISY)
     assert sampling_config(model) == DiffusionConfig()
-    assert sampling_config(ContinuousCGCNN(NOISY, DiffusionConfig(7, 0.5))) == DiffusionConfig(7, 0.5)
+    assert sampling_config(ContinuousCGCNN(NOISY, DiffusionConfig(7, n_corrections=2))) == DiffusionConfig(
+        7, n_corrections=2
+    )
 
 
 def test_progress_is_shown_on_request(model, capsys):

@@ -306,7 +306,7 @@ def test_a_model_with_noise_levels_knows_volumes_and_cells_of_the_training_cryst
     constant = crystals.volume.mean() / crystals.n_atoms.float().mean() * crystals.n_atoms
     assert (sums / crystals.volume).log().std() < 0.7 * (constant / crystals.volume).log().std()
     torch.testing.assert_close(torch.linalg.det(model.start_cells).abs(), torch.ones(len(model.start_cells)))
-    assert set(model.start_n_atoms.tolist()) <= set(crystals.n_atoms.tolist())
+    assert torch.equal(model.start_counts.sum(dim=1), crystals.n_atoms)
 
 
 def test_the_published_preset_is_the_papers():
@@ -320,7 +320,7 @@ def test_the_published_preset_is_the_papers():
 
 
 def test_presets_defaults_and_command_line_agree(monkeypatch, tmp_path):
-    assert preset("perov5") == (replace(NOISE_LEVELS, strain_noise=0.1, noise_default=0.3), TrainConfig())
+    assert preset("perov5") == (replace(NOISE_LEVELS, strain_cap=0.03, noise_default=0.3), TrainConfig())
     jobs = []
     monkeypatch.setattr(training, "run", lambda job, on_row: jobs.append(job) or TrainState(small_model(), job.config))
     main(["--dataset", "perov5"])
@@ -393,7 +393,8 @@ def test_a_run_leaves_a_checkpoint_with_its_settings_and_a_log(tmp_path, objecti
     made = read_settings(job.output)
     assert made["dataset"] == "prototypes" and made["n_structures"] == 6 and made["n_updates"] == 6
     assert made["training"] == asdict(job.config) and made["n_retries"] == 0
-    assert load_model(job.output).config == job.energy
+    start_cells = {"n_start_cells": 6} if objective == "score_matching" else {}  # those of all training crystals
+    assert load_model(job.output).config == replace(job.energy, **start_cells)
     assert all(map(torch.equal, load_model(job.output).parameters(), state.averaged.parameters()))
     assert {file.name for file in job.output.parent.iterdir()} == {"tiny.safetensors", "tiny.csv", "tiny.state"}
 
@@ -615,9 +616,14 @@ def test_a_run_does_not_overwrite_another_unless_told(tmp_path):
     run(replace(job, overwrite=True, config=replace(job.config, seed=1)))
     assert contents(tmp_path).keys() == before.keys() and len(log_of(job)) == 1
     assert contents(tmp_path)[str(job.output)] != before[str(job.output)]
-    job.log.write_bytes(before[str(job.log)][:60])
-    with pytest.raises(ValueError, match=r"tiny\.csv' is shorter than when .*tiny\.state' was saved"):
-        run(replace(job, resume=True, config=replace(job.config, seed=1)))
+    header, row = before[str(job.log)].splitlines(keepends=True)
+    for cut in (header, header + row[:-1], header[:60]):
+        job.log.write_bytes(cut)
+        with pytest.raises(ValueError, match=r"tiny\.csv' is shorter than when .*tiny\.state' was saved"):
+            run(replace(job, resume=True, config=replace(job.config, seed=1)))
+    other = tiny_job(job.output, "contrastive_divergence", n_updates=1, overwrite=True)
+    run(other)
+    assert "gap" in log_of(other)[0] and len(log_of(other)) == 1
 
 
 def test_a_second_run_on_the_same_path_refuses(tmp_path):
@@ -651,10 +657,10 @@ def test_a_damaged_state_is_refused(tmp_path, damage):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--minutes", "0"], "time_limit_s is 0.0, expected"),
-        (["--minutes", "-1"], "time_limit_s is -60.0, expected"),
-        (["--minutes", "nan"], "time_limit_s is nan, expected"),
-        (["--minutes", "inf"], "time_limit_s is inf, expected"),
+        (["--minutes", "0"], "error: --minutes is 0.0, expected 0.001 …"),
+        (["--minutes", "-1"], "error: --minutes is -1.0, expected 0.001 …"),
+        (["--minutes", "nan"], "error: --minutes is nan, expected 0.001 …"),
+        (["--minutes", "inf"], "error: --minutes is inf, expected 0.001 …"),
         (["--n-updates", "0"], "n_updates is 0, expected"),
         (["--n-updates", "-5"], "n_updates is -5, expected"),
         (["--n-structures", "0"], "n is 0, expected"),
@@ -707,6 +713,38 @@ def test_the_command_line_trains_and_tells_of_a_signal(tmp_path, monkeypatch, ca
         main([*arguments[:-1], str(tmp_path / "b.safetensors")])
     assert error.value.code == 128 + signal.SIGTERM
     assert capsys.readouterr().err.endswith("stopped after 1 updates; --resume goes on\n")
+
+
+def test_the_command_line_tells_of_a_run_that_is_finished_and_goes_on_with_a_longer_one(tmp_path, capsys):
+    arguments = ["--dataset", "prototypes", "--n-structures", "4", "--output", str(tmp_path / "a.safetensors")]
+    main([*arguments, "--n-updates", "2"])
+    assert capsys.readouterr().err.endswith("a.safetensors holds the average after 2 updates\n")
+    main([*arguments, "--n-updates", "2", "--resume"])
+    told = capsys.readouterr().err
+    assert "a.safetensors is finished: 2 updates in " in told and told.count("\n") == 1
+    assert told.endswith(" minutes; --resume with more --n-updates or --minutes goes on\n")
+    main([*arguments, "--n-updates", "3", "--resume"])
+    assert capsys.readouterr().err.endswith("a.safetensors holds the average after 3 updates\n")
+
+
+def test_a_second_interruption_ends_the_command_at_once_with_one_line(tmp_path, monkeypatch):
+    arguments = ["--dataset", "prototypes", "--n-structures", "4", "--n-updates", "9"]
+    arguments += ["--output", str(tmp_path / "a.safetensors")]
+    shown = []
+
+    def interrupt_twice(row):
+        shown.append(row)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "_print_row", interrupt_twice)
+        with pytest.raises(SystemExit) as error:
+            main(arguments)
+    assert error.value.code == "stopped at once; --resume goes on from what was saved last" and len(shown) == 1
+    assert error.value.__suppress_context__
+    main([*arguments, "--resume"])
+    assert read_settings(tmp_path / "a.safetensors")["n_updates"] == 9
 
 
 # Several processes

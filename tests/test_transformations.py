@@ -22,7 +22,6 @@ from contsp_core.transformations import (
     random_redescription,
     random_rotations,
     random_supercell,
-    random_supercell_matrices,
     random_unimodular,
     supercell,
 )
@@ -110,10 +109,11 @@ def test_rotations_are_proper_and_isotropic() -> None:
 
 def test_random_integer_matrices_have_the_determinants_announced() -> None:
     unimodular = torch.linalg.det(random_unimodular(500, seeded()).double())
-    n_cells = torch.linalg.det(random_supercell_matrices(500, seeded(), largest=4).double())
+    atom = Crystals.from_arrays(np.eye(3)[None] * 3, np.zeros((1, 3)), [[29]], torch.float64)
+    n_cells = random_supercell(atom[[0] * 500], seeded()).n_atoms
     torch.testing.assert_close(unimodular.abs(), torch.ones_like(unimodular))
     assert set(unimodular.round().tolist()) == {-1.0, 1.0}
-    assert set(n_cells.round().tolist()) == {1.0, 2.0, 3.0, 4.0}
+    assert set(n_cells.tolist()) == {1, 2, 3, 4}
 
 
 @settings(max_examples=40)
@@ -187,6 +187,18 @@ def test_primitive_cell_keeps_atoms_that_differ_by_more_than_rounding(dtype: tor
     moved = double.replace(positions=double.positions + torch.tensor([[0, 0, 0], [10 * tolerance, 0, 0]], dtype=dtype))
     assert primitive(double).n_atoms.tolist() == [1]
     assert primitive(moved).n_atoms.tolist() == [2]
+
+
+def test_coincident_atoms_are_not_taken_for_lattice_translations() -> None:
+    unit = Crystals.from_arrays(np.eye(3)[None] * 3, np.ones((2, 3)), [[29, 29]], torch.float64)
+    assert primitive(unit).n_atoms.tolist() == [2]
+
+
+def test_a_loose_tolerance_that_accepts_a_translation_but_not_its_multiple_changes_nothing() -> None:
+    chain = np.array([[0, 0, 0], [1, 0, 0], [2.04, 0, 0]])  # a step of 1 misses by 0.04 Å, one of 2.04 by 0.08 Å
+    unit = Crystals.from_arrays(np.diag([3.0, 4, 4])[None], chain, [[29] * 3], torch.float64)
+    assert primitive(unit, 0.05).n_atoms.tolist() == [3]
+    assert primitive(unit, 0.09).n_atoms.tolist() == [1]
 
 
 @settings(max_examples=40)

@@ -13,30 +13,29 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from pymatgen.core import Element, Structure
+from pymatgen.core import Structure
 from pymatgen.core.structure_matcher import StructureMatcher
 from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
 
-from contsp_core.crystals import (
-    MAX_ATOMIC_NUMBER,
-    Crystals,
-    Rng,
-    fit_atomic_volumes,
-    keyed_rng,
-    pack,
-)
+from contsp_core.crystals import Crystals, Rng, fit_atomic_volumes, keyed_rng, pack
 from contsp_core.csp.metrics import is_valid_structure, run_with_time_limit
 from contsp_core.data import parse_formula
 from contsp_core.diffusion import DiffusionConfig
 from contsp_core.energy import ContinuousCGCNN, energy_and_gradient, strain_gradient
 from contsp_core.lattice import apply_strain, niggli
-from contsp_core.sampler import bytes_per_atom, run_chains, sample_structures, sampling_config, start_crystals
+from contsp_core.sampler import (
+    assignments,
+    element_distances,
+    run_chains,
+    sample_structures,
+    sampling_config,
+    start_crystals,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +47,6 @@ N_STEPS = {"templates_relaxed": 20}  # energy gradients a candidate; what descen
 N_DESCENT = 60  # gradients from the end of a chain to the bottom of its well
 BATCH_ATOMS = 8192  # that move together
 LARGEST_MOVE = 0.3  # Å, of all atoms together in one step of descent; or a strain of 0.1
-MAX_ASSIGNMENTS = 5040  # 7!: with more elements of equal count, only so many ways to assign them are tried
 
 
 def make_candidates(
@@ -83,12 +81,12 @@ def make_candidates(
     """
     _check_source(source, n_samples, model, library)
     if source == "chains":
-        max_bytes = batch_atoms * bytes_per_atom(model)
-        return sample_structures(model, species, n_samples, n_steps, seed, max_bytes=max_bytes)
+        return sample_structures(model, species, n_samples, n_steps, seed, batch_atoms=batch_atoms)
     species = [tuple(sorted(numbers)) for numbers in species]
     rngs = [[keyed_rng(seed, numbers, n) for n in range(n_samples)] for numbers in species]  # as of the chains
     if source.startswith("start"):
-        starts = [start_crystals(model, [numbers] * n_samples, rng) for numbers, rng in zip(species, rngs)]
+        places = range(n_samples)
+        starts = [start_crystals(model, [numbers] * n_samples, rng, places) for numbers, rng in zip(species, rngs)]
         found = [crystals.to_structures() for crystals in starts]
     else:
         found = [library.substitute(numbers, n_samples, seed) for numbers in species]
@@ -155,7 +153,7 @@ class TemplateLibrary:
         """
         elements, pattern = _pattern(species)
         rng = keyed_rng(seed, tuple(sorted(species)))
-        assigned = np.array([[elements[i] for i in order] for order in _assignments(pattern)])
+        assigned = np.array([[elements[i] for i in order] for order in assignments(pattern)])
         candidates = []
         for multiple in (m for m in range(1, len(species) + 1) if len(species) % m == 0):
             indices, olds = self.groups.get((len(species) // multiple, pattern), ((), ()))
@@ -184,35 +182,11 @@ class TemplateLibrary:
         return structure
 
 
-@lru_cache(maxsize=1)
-def element_distances() -> np.ndarray:
-    """(101, 101) chemical distance of elements: Euclidean, of three properties each scaled to unit variance.
-
-    The properties are Pettifor's Mendeleev number, the electronegativity (Pauling) and the atomic radius (Slater);
-    where one is not known it takes the mean of all elements.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pymatgen warns of each element without electronegativity or radius
-        elements = [Element.from_Z(number) for number in range(1, MAX_ATOMIC_NUMBER + 1)]
-        rows = [[element.mendeleev_no, element.X, element.atomic_radius or math.nan] for element in elements]
-    properties = np.array(rows, dtype=float)
-    properties = (properties - np.nanmean(properties, axis=0)) / np.nanstd(properties, axis=0)
-    properties = np.nan_to_num(np.vstack([np.zeros(3), properties]))  # row 0 is no element
-    return np.linalg.norm(properties[:, None] - properties[None], axis=-1)
-
-
 def _pattern(species: Sequence[int]) -> tuple[list[int], tuple[int, ...]]:
     """Elements in order of their counts, and these counts in lowest terms."""
     counts = sorted(Counter(int(number) for number in species).items(), key=lambda item: (item[1], item[0]))
     divisor = math.gcd(*(count for _, count in counts))
     return [number for number, _ in counts], tuple(count // divisor for _, count in counts)
-
-
-def _assignments(pattern: tuple[int, ...]) -> list[list[int]]:
-    """All orders of the elements that keep the counts: permutations among elements of equal count."""
-    places = [[i for i, other in enumerate(pattern) if other == count] for count in sorted(set(pattern))]
-    orders = itertools.product(*(itertools.permutations(group) for group in places))
-    return [[i for group in order for i in group] for order in itertools.islice(orders, MAX_ASSIGNMENTS)]
 
 
 def with_energies(model: ContinuousCGCNN, structures: Sequence[Structure]) -> list[Structure]:

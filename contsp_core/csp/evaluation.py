@@ -8,28 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from pymatgen.core import Lattice, Structure
+import torch
+from pymatgen.core import Structure
 from pymatgen.io.cif import CifWriter
 from tqdm import tqdm
 
 from contsp_core.checkpoints import find_checkpoint, load_model, read_settings
-from contsp_core.crystals import pack
-from contsp_core.csp.candidates import (
-    N_STEPS,
-    SOURCES,
-    WITHOUT_LIBRARY,
-    TemplateLibrary,
-    make_candidates,
-    with_energies,
-)
-from contsp_core.csp.metrics import LISTS, evaluate_csp
+from contsp_core.csp.candidates import N_STEPS, SOURCES, TemplateLibrary, make_candidates, with_energies
+from contsp_core.csp.metrics import LISTS, check_limits, evaluate_csp, run_with_time_limit, spread
 from contsp_core.data import choose, load_split, parse_cifs, write_whole
 from contsp_core.diffusion import DiffusionConfig
 from contsp_core.sampler import sampling_config
@@ -50,6 +46,8 @@ METHODS = {  # labels of sources; that of "chains" depends on the model
     "templates": "element substitution",
     "templates_relaxed": "element substitution, short chains",
 }
+# of pickled training crystals, for these can be a key: made once in each process
+_library = lru_cache(maxsize=1)(lambda training: TemplateLibrary(pickle.loads(training)))
 
 
 @dataclass(frozen=True)
@@ -63,9 +61,9 @@ class EvaluationConfig:
     n_steps: int | None = None  # energy gradients a sample; None: as the source does by itself
     seed: int = 0  # of the choice and of the samples
     device: str | None = None  # where the model runs; None: on the CPU
-    chunk_atoms: int = 8192  # atoms sampled at once: what an interruption may cost
-    n_jobs: int = -1  # processes that read and compare; -1: all cores
-    time_limit_s: float = 10.0  # of one comparison
+    chunk_atoms: int = 8192  # atoms sampled at once, or up to 16 times fewer: what an interruption costs each process
+    n_jobs: int = -1  # processes of one thread that sample, read and compare; -1: all cores
+    time_limit_s: float = 10.0  # of one CIF file, or comparison
     progress: bool = False  # show progress bars where standard error is a terminal
 
     def __post_init__(self) -> None:
@@ -75,6 +73,7 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}, expected ≥ {least}")
+        check_limits(self.n_jobs, self.time_limit_s)
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,8 @@ def evaluate_checkpoint(
 ) -> Evaluation:
     """Predict test crystals from their species, and score the predictions; baselines are sources of samples too.
 
-    A second call makes only the samples that are missing.
+    A second call makes only the samples that are missing. All cores are used, or those that joblib is told to use, for
+    example by ``joblib.parallel_config(backend="dask")``; the result does not depend on it (but for rounding).
 
     Args:
         checkpoint: a bundled one by data set name, or a file; may be None for sources that need no model.
@@ -103,24 +103,16 @@ def evaluate_checkpoint(
     Raises:
         ValueError: on an unknown checkpoint or data set, or if the folder holds samples of other settings.
     """
-    settings = settings or EvaluationConfig()
-    model = None if checkpoint is None else load_model(checkpoint, settings.device)
-    chosen, source, n_samples = _chosen(dataset, settings), settings.source, settings.n_samples or N_SAMPLES
-    training = None if source in WITHOUT_LIBRARY else load_split(dataset, "train")
-    library = None if training is None else TemplateLibrary(training)
-    record = _record(source, checkpoint, chosen, settings) | {"n_samples": n_samples}
-    record |= {"n_steps": _steps(source, model, settings.n_steps)}
-    record |= {"training_data": None if training is None else training.source.blob_id}
-    options = {"model": model, "library": library, "n_steps": record["n_steps"] or None}
-    species, folder = chosen.species, Path(output_dir)
-
-    def make(rows: list[int]) -> list[list[Structure | None]]:
-        asked = [species[row] for row in rows]
-        return make_candidates(source, asked, n_samples, settings.seed, batch_atoms=settings.chunk_atoms, **options)
-
+    settings, model, chosen, record = _load(checkpoint, dataset, settings)
+    source, folder, n_samples = settings.source, Path(output_dir), settings.n_samples or N_SAMPLES
+    training = load_split(dataset, "train") if source.startswith("templates") else None
+    n_steps, blob_id = _steps(source, model, settings.n_steps), training and training.source.blob_id
+    record |= {"n_samples": n_samples, "n_steps": n_steps, "training_data": blob_id}
     check_settings(folder, {name: value for name, value in record.items() if name != "n_structures"})
-    sizes = [n_samples * len(numbers) for numbers in species]
-    fill_folder(folder, chosen.material_ids, sizes, make, settings.chunk_atoms, settings.progress)
+    options = {"source": source, "n_samples": n_samples, "n_steps": n_steps or None, "seed": settings.seed}
+    options |= {"batch_atoms": settings.chunk_atoms}
+    make = partial(_make, model, training and pickle.dumps(training), options)
+    fill_folder(folder, list(zip(chosen.material_ids, chosen.species, strict=True)), make, settings)
     record |= {"method": method_label(source, checkpoint, model), "trained_on": _trained_on(checkpoint)}
     return _score(folder, chosen, record, model, folder, settings)
 
@@ -145,27 +137,23 @@ def evaluate_cifs(
     Raises:
         ValueError: if the folder is missing or holds no sample of the crystals chosen.
     """
-    settings = settings or EvaluationConfig()
-    model = None if checkpoint is None else load_model(checkpoint, settings.device)
-    chosen = _chosen(dataset, settings)
-    record = _record("cifs", checkpoint, chosen, settings) | {"n_samples": settings.n_samples, "n_steps": None}
+    settings, model, chosen, record = _load(checkpoint, dataset, settings)
+    record |= {"source": "cifs", "n_samples": settings.n_samples, "n_steps": None}
     record |= {"method": method, "trained_on": _trained_on(checkpoint)}
     return _score(Path(cif_dir), chosen, record, model, Path(output_dir), settings)
 
 
-def _chosen(dataset: str, settings: EvaluationConfig) -> Split:
+def _load(checkpoint: str | Path | None, dataset: str, settings: EvaluationConfig | None) -> tuple:
+    """Settings, model, the crystals chosen, and for the files what determines samples and scores."""
+    settings = settings or EvaluationConfig()
+    model = None if checkpoint is None else load_model(checkpoint, settings.device)
+    path = None if checkpoint is None else find_checkpoint(checkpoint)
+    digest = path and f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
     split = load_split(dataset, settings.split)
-    return split.select(choose(range(len(split)), settings.n_structures, settings.seed))
-
-
-def _record(source: str, checkpoint: str | Path | None, chosen: Split, settings: EvaluationConfig) -> dict[str, Any]:
-    """All that determines samples and scores, for the files."""
-    digest = None
-    if checkpoint is not None:
-        path = find_checkpoint(checkpoint)
-        digest = f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
-    record = {"source": source, "checkpoint": digest, "dataset": chosen.name, "split": chosen.split}
-    return record | {"test_data": chosen.source.blob_id, "n_structures": len(chosen), "seed": settings.seed}
+    chosen = split.select(choose(range(len(split)), settings.n_structures, settings.seed))
+    record = {"source": settings.source, "checkpoint": digest, "dataset": chosen.name, "split": chosen.split}
+    record |= {"test_data": chosen.source.blob_id, "n_structures": len(chosen), "seed": settings.seed}
+    return settings, model, chosen, record
 
 
 def method_label(source: str, checkpoint: str | Path | None, model: ContinuousCGCNN | None) -> str:
@@ -182,6 +170,17 @@ def _trained_on(checkpoint: str | Path | None) -> dict[str, Any]:
     return {name: header[name] for name in ("dataset", "n_structures", "data") if name in header}
 
 
+def _make(model: Any, training: bytes | None, options: dict[str, Any], crystals: Sequence[tuple]) -> list[tuple]:
+    """Material id and candidates of each crystal, by one thread of any process: all that they depend on is given."""
+    names, species = zip(*crystals, strict=True)
+    library, n_threads = training and _library(training), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return list(zip(names, make_candidates(species=species, model=model, library=library, **options), strict=True))
+    finally:
+        torch.set_num_threads(n_threads)
+
+
 def _steps(source: str, model: ContinuousCGCNN | None, n_steps: int | None) -> int:
     """Energy gradients spent on each sample."""
     if source in ("templates", "start") or model is None:
@@ -190,38 +189,29 @@ def _steps(source: str, model: ContinuousCGCNN | None, n_steps: int | None) -> i
 
 
 def _score(
-    folder: Path,
-    references: Split,
-    record: dict[str, Any],
-    model: ContinuousCGCNN | None,
-    output_dir: Path,
-    settings: EvaluationConfig,
+    folder: Path, chosen: Split, record: dict, model: ContinuousCGCNN | None, output: Path, settings: EvaluationConfig
 ) -> Evaluation:
-    predictions = read_samples(folder, references.material_ids, record["n_samples"], settings.n_jobs)
+    limits = {"n_jobs": settings.n_jobs, "time_limit_s": settings.time_limit_s, "progress": settings.progress}
+    predictions = read_samples(folder, chosen.material_ids, record["n_samples"], **limits)
     if model is not None and record["source"] == "cifs":
         rest = iter(with_energies(model, [s for samples in predictions for s in samples if s is not None]))
         predictions = [[None if s is None else next(rest) for s in samples] for samples in predictions]
-    structures = references.structures if model is None else with_energies(model, references.structures)
-    options = {"time_limit_s": settings.time_limit_s, "progress": settings.progress}
-    options["material_ids"] = references.material_ids
-    scores, table = evaluate_csp(structures, predictions, settings.n_jobs, **options)
+    structures = chosen.structures if model is None else with_energies(model, chosen.structures)
+    scores, table = evaluate_csp(structures, predictions, material_ids=chosen.material_ids, **limits)
     if model is not None:
         table["reference_energy"] = [structure.properties["energy"] for structure in structures]
-    data = {"official": references.source.official, "n_crystals": len(load_split(references.name, references.split))}
+    data = {"official": chosen.source.official, "n_crystals": len(load_split(chosen.name, chosen.split))}
     summary = {"settings": record, "data": data, "scores": scores}
-    write_text(output_dir / SUMMARY, json.dumps(_without_nan(summary), indent=2, default=str) + "\n")
-    lists = {name: [json.dumps(_without_nan(row)) for row in table[name]] for name in (*LISTS, "pool_rms")}
-    write_text(output_dir / TABLE, table.assign(**lists).to_csv(float_format="%.6g"))
-    return Evaluation(summary, table, references, predictions)
+    write_text(output / SUMMARY, _to_json(summary, indent=2) + "\n")
+    lists = {name: table[name].map(_to_json) for name in (*LISTS, "pool_rms")}
+    write_text(output / TABLE, table.assign(**lists).to_csv(float_format="%.6g"))
+    return Evaluation(summary, table, chosen, predictions)
 
 
-def _without_nan(value: Any) -> Any:
-    """The same, with None for NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """JSON with null for NaN, which it does not have."""
+    plain = json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
+    return json.dumps(plain, indent=indent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -245,35 +235,24 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     found = json.loads(path.read_text(encoding="utf-8"))
     for name in sorted(found.keys() | settings.keys()):
         if found.get(name) != settings.get(name):
-            raise ValueError(
-                f"output_dir {str(folder)!r} holds samples made with {name}={found.get(name)!r}, "
-                f"expected {settings.get(name)!r}: choose another folder, or remove it"
-            )
+            made = f"samples made with {name}={found.get(name)!r}, expected {settings.get(name)!r}"
+            raise ValueError(f"output_dir {str(folder)!r} holds {made}: choose another folder, or remove it")
 
 
-def fill_folder(
-    folder: Path,
-    material_ids: Sequence[str],
-    sizes: Sequence[int],
-    make: Callable[[list[int]], list[list[Structure | None]]],
-    chunk_atoms: int = 8192,
-    progress: bool = False,
-) -> None:
-    """Make the samples of the crystals that a folder lacks, in chunks: an interruption loses at most one chunk.
+def fill_folder(folder: Path, crystals: Sequence[tuple], make: Callable, settings: EvaluationConfig) -> None:
+    """Make the samples that a folder lacks, in parts: an interruption loses only those in the making.
 
     Args:
-        sizes: atoms in all samples of each crystal; crystals of similar size share a chunk.
-        make: ``make(rows)`` returns a list of samples for each row.
-        chunk_atoms: atoms in a chunk, at most (but at least one crystal).
+        crystals: (material id, atomic numbers) of each; those of similar size share a part.
+        make: ``make(crystals)`` returns (material id, samples) of each, perhaps in another process.
     """
-    missing = [row for row, name in enumerate(material_ids) if not _is_complete(crystal_folder(folder, name))]
-    missing.sort(key=lambda row: sizes[row])
-    with tqdm(total=len(missing), desc="sampling", unit="crystal", disable=None if progress else True) as bar:
-        for chunk in pack([sizes[row] for row in missing], chunk_atoms):
-            rows = missing[chunk]
-            for row, structures in zip(rows, make(rows), strict=True):
-                write_samples(folder, material_ids[row], structures)
-            bar.update(len(rows))
+    missing = [crystal for crystal in crystals if not _is_complete(crystal_folder(folder, crystal[0]))]
+    missing.sort(key=lambda crystal: (-len(crystal[1]), sorted(crystal[1])))  # the slowest first
+    sizes = [(settings.n_samples or N_SAMPLES) * len(species) for _, species in missing]
+    n_jobs = settings.n_jobs if torch.device(settings.device or "cpu").type == "cpu" else 1
+    with closing(spread(make, missing, sizes, settings.chunk_atoms, n_jobs, return_as="generator_unordered")) as made:
+        for name, structures in tqdm(made, "sampling", len(missing), disable=None if settings.progress else True):
+            write_samples(folder, name, structures)
 
 
 def _is_complete(own: Path) -> bool:
@@ -290,21 +269,18 @@ def _energies(own: Path) -> dict[str, float | None]:
 
 def write_samples(folder: Path, material_id: str, structures: Sequence[Structure | None]) -> None:
     """Write the samples of one crystal and, last, their energies; None leaves its number out."""
-    own, width, energies = crystal_folder(folder, material_id), max(2, len(str(len(structures) - 1))), {}
-    for number, structure in enumerate(structures):
-        if structure is None:
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pymatgen warns of elements without electronegativity
-            text = str(CifWriter(structure, significant_figures=8))
-        name = f"{number:0{width}d}.cif"
-        write_text(own / name, text)
-        energies[name] = structure.properties.get("energy")
+    own, width = crystal_folder(folder, material_id), max(2, len(str(len(structures) - 1)))
+    made = {f"{number:0{width}d}.cif": s for number, s in enumerate(structures) if s is not None}
+    with warnings.catch_warnings(action="ignore"):  # pymatgen warns of elements without electronegativity
+        texts = [str(CifWriter(structure, significant_figures=8)) for structure in made.values()]
+    with ThreadPoolExecutor(8) as pool:  # nearly all of the time is waiting for the disk
+        list(pool.map(write_text, map(own.joinpath, made), texts))
+    energies = {name: structure.properties.get("energy") for name, structure in made.items()}
     write_text(own / ENERGIES, json.dumps(energies, indent=1) + "\n")
 
 
 def read_samples(
-    folder: str | Path, material_ids: Sequence[str], n_samples: int | None = None, n_jobs: int = -1
+    folder: str | Path, material_ids: Sequence[str], n_samples: int | None = None, **limits: Any
 ) -> list[list[Structure | None]]:
     """Read the samples of some crystals; None stands for a file that is missing or cannot be read.
 
@@ -314,7 +290,7 @@ def read_samples(
     Args:
         folder: has one folder a crystal.
         n_samples: how many samples a crystal should have; by default the largest number found.
-        n_jobs: processes that parse CIFs; -1 is all cores.
+        limits: n_jobs, time_limit_s (of one file) and progress, as for :func:`run_with_time_limit`.
 
     Raises:
         ValueError: if the folder is missing or has no sample of these crystals, or a file's name is not a number.
@@ -324,27 +300,26 @@ def read_samples(
     files: dict[tuple[int, int], Path] = {}
     for row, material_id in enumerate(material_ids):
         for path in filter(Path.is_file, sorted(crystal_folder(folder, material_id).glob("*.cif"))):
-            if files.setdefault((row, _number(path)), path) != path:
-                raise ValueError(f"{path} has the number of {files[row, _number(path)].name}, expected different ones")
+            if not path.stem.isdecimal() or len(path.stem) > 5:
+                raise ValueError(f"{path} has no number < 100000 as name, expected <material_id>/<sample number>.cif")
+            if files.setdefault((row, int(path.stem)), path) != path:
+                raise ValueError(f"{path} has the number of {files[row, int(path.stem)].name}, expected different ones")
     if not files:
-        example = f"{material_ids[0]}/0.cif"
-        raise ValueError(f"cif_dir {str(folder)!r} has no <material_id>/<number>.cif, for example {example}")
+        raise ValueError(f"cif_dir {str(folder)!r} has no <material_id>/<number>.cif, such as {material_ids[0]}/0.cif")
     first = min(1, *(number for _, number in files))
     n_samples = n_samples or max(number for _, number in files) - first + 1
     samples: list[list[Structure | None]] = [[None] * n_samples for _ in material_ids]
     energies = [_energies(crystal_folder(folder, material_id)) for material_id in material_ids]
     wanted = {(row, number - first): path for (row, number), path in files.items() if number - first < n_samples}
-    texts = [path.read_text(encoding="utf-8", errors="replace") for path in wanted.values()]
-    for ((row, place), path), cell in zip(wanted.items(), parse_cifs(texts, n_jobs, "samples"), strict=True):
-        if not isinstance(cell, str):  # else the reason why it cannot be read
-            lattice, energy = Lattice(cell.cell), energies[row].get(path.name)
-            frac_coords = lattice.get_fractional_coords(cell.positions)
-            properties = None if energy is None else {"energy": energy}
-            samples[row][place] = Structure(lattice, cell.atomic_numbers.tolist(), frac_coords, properties=properties)
+    texts = [(path.read_text(encoding="utf-8", errors="replace"),) for path in wanted.values()]
+    found = run_with_time_limit(_parse, texts, description="reading", **limits)
+    for ((row, place), path), structure in zip(wanted.items(), found, strict=True):
+        if structure is not None and energies[row].get(path.name) is not None:
+            structure.properties["energy"] = energies[row][path.name]
+        samples[row][place] = structure
     return samples
 
 
-def _number(path: Path) -> int:
-    if not path.stem.isdecimal() or len(path.stem) > 5:
-        raise ValueError(f"{path} has no number < 100000 as name, expected <material_id>/<sample number>.cif")
-    return int(path.stem)
+def _parse(cif: str) -> Structure | None:
+    (crystal,) = parse_cifs([cif])
+    return None if isinstance(crystal, str) else crystal.to_structures()[0]  # a string says why it cannot be read

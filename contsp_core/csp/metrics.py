@@ -1,31 +1,35 @@
 """How good are predicted crystals: match rate (loose, strict, good), RMSE, METRe, cRMSE, validity, and their intervals.
 
-Top to bottom: validity, the comparison of two crystals, many comparisons under a time limit, and the scores.
+Top to bottom: validity, the comparison of two crystals, work spread over cores or a cluster and its time limit, scores.
 """
 
 from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import signal
 import sys
 import warnings
 from collections import defaultdict
-from concurrent.futures import TimeoutError
-from functools import cache
-from itertools import chain
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+from functools import cache, partial
+from itertools import chain, repeat
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from joblib import effective_n_jobs
-from pebble import ProcessExpired, ProcessPool
+from joblib import Parallel, delayed, effective_n_jobs
+from joblib.parallel import get_active_backend
 from pymatgen.core import Composition, Structure
 from pymatgen.core.structure_matcher import StructureMatcher
 from tqdm import tqdm
 
+from contsp_core.crystals import pack
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 MIN_DISTANCE = 0.5  # Å, CDVAE
 MIN_VOLUME = 0.1  # Å³, CDVAE
@@ -35,7 +39,9 @@ GOOD = 0.1  # a loose match of smaller rms displacement is called good
 CRITERIA = {"loose": "", "strict": "_strict", "good": "_good"}  # and how the scores are named
 COUNTS = ["n_predictions", "n_missing", "n_timed_out", "n_invalid", "n_wrong_composition"]
 LISTS = ["rms", "strict", "valid", "energy"]  # columns with an entry per prediction
-BATCH = 32  # comparisons sent to a worker at once
+START = "fork" if sys.platform == "linux" else "spawn"  # takes milliseconds, but is not safe elsewhere
+BATCH = 64 if START == "fork" else 1024  # comparisons that share a process, at most
+_starting = Lock()  # of the thread that starts a process
 
 
 @cache
@@ -48,8 +54,7 @@ def is_charge_neutral(formula: str) -> bool:
 
     Source: Xie et al., ICLR 2022 (CDVAE), evaluation metrics; Davies et al., Chem 1, 617 (2016) (SMACT).
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pymatgen warns of each noble gas, which has no electronegativity
+    with warnings.catch_warnings(action="ignore"):  # pymatgen warns of each noble gas, which has no electronegativity
         counts = {el: round(n) for el, n in Composition(formula).element_composition.reduced_composition.items()}
         electronegativity = {el: math.inf if math.isnan(el.X) else el.X for el in counts}
     elements = sorted(counts, key=electronegativity.get)
@@ -111,18 +116,49 @@ def score_pair(prediction: Structure | None, reference: Structure) -> PairScore:
         return PairScore()
 
 
-_work: list[Any] = []  # in a worker: the function and its tasks
+def check_limits(n_jobs: int, time_limit_s: float) -> None:
+    """A ValueError unless ``n_jobs`` is −1 (all cores) or an integer ≥ 1, and the time limit positive."""
+    if not isinstance(n_jobs, int) or (n_jobs < 1 and n_jobs != -1):
+        raise ValueError(f"n_jobs is {n_jobs!r}, expected -1 (all cores) or an integer ≥ 1")
+    if not 0 < time_limit_s < math.inf:
+        raise ValueError(f"time_limit_s is {time_limit_s}, expected a positive number of seconds")
 
 
-def _start_worker(function: Callable, tasks: Sequence[tuple]) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends a loop in compiled code, which no Python handler can
-    warnings.simplefilter("ignore")
-    _work[:] = [function, tasks]
+def spread(function: Callable, items: Sequence, sizes: list[int], limit: int, n_jobs: int, **options: Any) -> Iterator:
+    """All entries of ``function(part)``, where the sizes of the items in a part sum to at most ``limit``.
+
+    joblib, which gets the options, runs them in ``n_jobs`` processes (1: in this one), or where
+    ``joblib.parallel_config`` says, such as on a Dask cluster. Each worker has four parts or more, but none that would
+    be smaller than a 16th of the limit. A local worker that dies is a RuntimeError; Dask gives its part to another one.
+    """
+    _mend_dask()
+    total = sum(sizes)
+    n_workers = min(effective_n_jobs(n_jobs), 16 * total // limit)
+    share = limit if n_workers < 2 else max(total // (4 * n_workers), limit // 16)
+    parts = [items[part] for part in pack(sizes, min(limit, share))]
+    parallel = Parallel(max(1, min(n_workers, len(parts))), batch_size=1, **options)
+    results = parallel(delayed(function)(part) for part in parts)
+    try:
+        yield from chain.from_iterable(results)
+    except BrokenProcessPool:
+        raise RuntimeError("a worker process died (killed, or out of memory); what was finished is kept") from None
+    finally:
+        with warnings.catch_warnings(action="ignore"):  # joblib warns of tasks that an error elsewhere leaves undone
+            results.close()
 
 
-def _answer(numbers: Sequence[int]) -> list[Any]:
-    function, tasks = _work
-    return [function(*tasks[number]) for number in numbers]
+def _mend_dask() -> None:
+    """joblib (1.6) waits for ever for what Dask gives up, and does itself what a single worker should do: no longer."""
+    backend = get_active_backend()[0]
+    if hasattr(backend, "client"):
+        backend.submit = partial(_submit_and_tell, backend)
+        backend.effective_n_jobs = lambda n_jobs: max(2, type(backend).effective_n_jobs(backend, n_jobs))
+
+
+def _submit_and_tell(backend: Any, call: Callable, callback: Callable) -> Any:
+    future = type(backend).submit(backend, call, callback)
+    future.add_done_callback(lambda done: done.exception() and callback(done.exception()))
+    return future
 
 
 def run_with_time_limit(
@@ -133,43 +169,48 @@ def run_with_time_limit(
     description: str = "",
     progress: bool = True,
 ) -> list[Any]:
-    """``function(*task)`` for every task, in worker processes that are killed when a call exceeds the limit.
-
-    Tasks are sent in batches; if one is not answered within the limit, or its worker dies, each of its tasks is tried
-    alone. So a result does not depend on the batches or on the number of processes (``n_jobs``, as in joblib).
+    """``function(*task)`` for every task, in processes that die when a call exceeds the limit; ``n_jobs`` work at once.
 
     Returns:
-        One result per task, in order; None where a task alone exceeded the limit or killed its worker.
+        One result per task, in order; None where a task exceeded the limit or killed its process.
 
     Raises:
-        ValueError: if the limit is not positive.
-        Exception: the first one raised by ``function``.
+        ValueError: on a wrong limit or ``n_jobs``; and whatever ``function`` raises.
     """
-    if not time_limit_s > 0:
-        raise ValueError(f"time_limit_s is {time_limit_s}, expected a positive number of seconds")
-    # fork starts in milliseconds, copies no task and needs no importable __main__; elsewhere than on Linux it is unsafe
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    n_workers = max(1, min(effective_n_jobs(n_jobs), len(tasks)))
-    size = max(1, min(BATCH, len(tasks) // (4 * n_workers)))
-    results, todo = [None] * len(tasks), [range(len(tasks))[i : i + size] for i in range(0, len(tasks), size)]
-    with tqdm(total=len(tasks), desc=description, disable=None if progress else True) as bar:
-        while todo:
-            batches, todo = todo, []
-            pool = ProcessPool(n_workers, initializer=_start_worker, initargs=(function, tasks), context=context)
+    check_limits(n_jobs, time_limit_s)
+    answer, sizes = partial(_answer_all, function, time_limit_s), [1] * len(tasks)
+    results = spread(answer, tasks, sizes, BATCH, n_jobs, return_as="generator", prefer="threads")
+    return list(tqdm(results, description, len(tasks), disable=None if progress else True))
+
+
+def _answer_all(function: Callable, time_limit_s: float, tasks: Sequence[tuple]) -> list[Any]:
+    context, results = multiprocessing.get_context(START), []
+    multiprocessing.current_process()._config["daemon"] = False  # a Dask worker is one, and those may have no children
+    while rest := tasks[len(results) :]:
+        with ProcessPoolExecutor(1, context, _start_child) as pool:
+            with _starting:  # else a child of another thread keeps pipes open whose end tells of a death
+                answers = pool.map(_answer, repeat(function), repeat(time_limit_s), rest)
             try:
-                futures = [pool.schedule(_answer, (batch,), timeout=time_limit_s) for batch in batches]
-                for batch, future in zip(batches, futures, strict=True):
-                    try:
-                        results[batch.start : batch.stop] = future.result()
-                    except (TimeoutError, ProcessExpired):
-                        if len(batch) > 1:
-                            todo += [range(number, number + 1) for number in batch]
-                            continue
-                    bar.update(len(batch))
-            finally:
-                pool.stop()
-                pool.join()
+                for answer in answers:
+                    results.append(answer)
+            except BrokenProcessPool:  # of which the first without an answer was the last to be called
+                results.append(None)
     return results
+
+
+def _start_child() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
+    Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()  # no orphans
+
+
+def _answer(function: Callable, time_limit_s: float, task: tuple) -> Any:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends a loop in compiled code too, which no Python handler can
+    signal.setitimer(signal.ITIMER_REAL, time_limit_s)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return function(*task)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def evaluate_csp(
@@ -357,9 +398,8 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0, n_resamples: int = 100
     totals = np.array([rng.multinomial(len(values), chances) @ numbers for _ in range(n_resamples)])
     total, counted = np.moveaxis(totals.reshape(n_resamples, 2, *values.shape[1:]), 1, 0)
     means = np.divide(total, counted, out=np.full_like(total, math.nan), where=counted > 0)
-    empty = np.isnan(means).all(axis=0)
-    low, high = np.nanquantile(np.where(empty, 0.0, means), [0.025, 0.975], axis=0)
-    return np.where(empty, math.nan, low), np.where(empty, math.nan, high)
+    with warnings.catch_warnings(action="ignore"):  # numpy warns of a column of NaN, whose interval is NaN
+        return tuple(np.nanquantile(means, [0.025, 0.975], axis=0))
 
 
 def random_order(rms: np.ndarray, n_predictions: Sequence[int], k: int) -> tuple[np.ndarray, np.ndarray]:

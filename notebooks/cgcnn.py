@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from contsp_core.crystals import MAX_ATOMIC_NUMBER, Crystals
-from contsp_core.graph import Graph, build_graph, edge_vectors
+from contsp_core.graph import Graph, build_graph, edge_vectors, nearest_neighbors
 from contsp_core.lattice import without_skew
 
+N_BASIS, N_CONVOLUTIONS = 32, 3
 TYPICAL_N_NEIGHBORS = 100  # within 8 Å at 0.05 atoms per Å³
 
 
@@ -40,34 +41,24 @@ class CGCNN(nn.Module):
     Args:
         neighbors: "radius" (all within ``cutoff``) or "nearest" (the ``n_neighbors`` nearest of each atom; rounding
             chooses among equally distant ones, so the choice can depend on the description).
-        cutoff: radius of the graph, Å; for "nearest" it only fixes the range of the ``n_basis`` distance Gaussians.
+        cutoff: radius of the graph, Å; for "nearest" it only fixes the range of the distance Gaussians.
         seed: of the random weights.
-
-    Raises:
-        ValueError: on an unknown ``neighbors`` or a size below 1.
     """
 
     def __init__(
-        self,
-        neighbors: str = "radius",
-        cutoff: float = 8.0,
-        n_neighbors: int = 12,
-        n_features: int = 32,
-        n_basis: int = 32,
-        n_convolutions: int = 3,
-        seed: int = 0,
+        self, neighbors: str = "radius", cutoff: float = 8.0, n_neighbors: int = 12, n_features: int = 32, seed: int = 0
     ) -> None:
         super().__init__()
         if neighbors not in ("radius", "nearest"):
             raise ValueError(f"neighbors is {neighbors!r}, expected 'radius' or 'nearest'")
-        if cutoff <= 0 or min(n_neighbors, n_features, n_convolutions) < 1 or n_basis < 2:
-            raise ValueError(f"{cutoff=}, {n_neighbors=}, {n_features=}, {n_basis=}, {n_convolutions=}: too small")
+        if cutoff <= 0 or n_neighbors < 1 or n_features < 1:
+            raise ValueError(f"{cutoff=}, {n_neighbors=}, {n_features=}: too small")
         self.neighbors, self.cutoff, self.n_neighbors = neighbors, cutoff, n_neighbors
-        self.embedding = nn.Embedding(MAX_ATOMIC_NUMBER + 1, n_features)
         scale = 1 / (TYPICAL_N_NEIGHBORS if neighbors == "radius" else n_neighbors)
-        self.convolutions = nn.ModuleList(GatedConvolution(n_features, n_basis, scale) for _ in range(n_convolutions))
+        self.embedding = nn.Embedding(MAX_ATOMIC_NUMBER + 1, n_features)
+        self.convolutions = nn.ModuleList(GatedConvolution(n_features, N_BASIS, scale) for _ in range(N_CONVOLUTIONS))
         self.hidden, self.readout = nn.Linear(n_features, n_features), nn.Linear(n_features, 1)
-        self.register_buffer("centers", torch.linspace(0, cutoff, n_basis))
+        self.register_buffer("centers", torch.linspace(0, cutoff, N_BASIS))
         rng = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
             width = 1.0 if parameter is self.embedding.weight else parameter.shape[-1] ** -0.5
@@ -91,22 +82,3 @@ class CGCNN(nn.Module):
             features = convolution(features, basis, graph)
         mean = crystals.sum_atoms(features) / crystals.n_atoms[:, None]
         return self.readout(softplus(self.hidden(softplus(mean)))).squeeze(1)
-
-
-@torch.no_grad()
-def nearest_neighbors(crystals: Crystals, n_neighbors: int) -> Graph:
-    """Directed edges from every atom to its ``n_neighbors`` nearest atoms or images."""
-    radius = (n_neighbors * crystals.volume / crystals.n_atoms) ** (1 / 3)
-    while True:  # the radius, common to the atoms of one crystal, grows until every atom has found enough
-        graph = build_graph(crystals, radius).directed()
-        found = torch.bincount(graph.source, minlength=len(crystals.positions))
-        poor = crystals.sum_atoms((found < n_neighbors).int()) > 0
-        if not poor.any():
-            break
-        radius = torch.where(poor, 1.25 * radius, radius)
-    distance = edge_vectors(crystals, graph).norm(dim=1)
-    order = torch.argsort(distance)
-    order = order[torch.argsort(graph.source[order], stable=True)]
-    rank = torch.arange(len(order), device=order.device) - (torch.cumsum(found, 0) - found)[graph.source[order]]
-    kept = order[rank < n_neighbors]
-    return Graph(graph.source[kept], graph.target[kept], graph.image[kept])
