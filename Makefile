@@ -3,6 +3,7 @@
 #   make demo      train and evaluate on the bundled crystals, figures; predict with a bundled checkpoint (minutes)
 #   make test      all tests, and every notebook executed again and compared (pytest --nbval)
 #   make test-gpu  what runs on a GPU against the numbers of the CPU, and the table of speeds
+#   make soak      a million steps of each sampler, an hour of fuzzing; SOAK_STEPS=10000 SOAK_SECONDS=60 for less
 #   make train-perov5, make evaluate-perov5 (also mp20, mpts52): the long jobs
 #
 # A machine without a GPU may save a large download with
@@ -30,7 +31,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONTSP_OUTPUT_DIR
 
 PAPERMILL = $(BIN)/papermill --cwd notebooks --log-level WARNING
 
-.PHONY: help venv demo test test-gpu lint bench notebooks clean $(DATASETS:%=train-%) $(DATASETS:%=evaluate-%)
+.PHONY: help venv demo test test-gpu soak lint bench notebooks clean $(DATASETS:%=train-%) $(DATASETS:%=evaluate-%)
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -64,9 +65,15 @@ test-gpu: $(INSTALLED)
 	$(BIN)/pytest -rs tests/test_gpu.py $(PYTEST_ARGS)
 	$(BIN)/pytest tests/benchmarks -o addopts= --benchmark-only -q
 
+# Without atheris, which has no wheel for some machines, the readers are left out.
+soak: $(INSTALLED)
+	-$(BIN)/python -m pip install --disable-pip-version-check -q atheris==3.0.0
+	$(BIN)/pytest -s -rs -m soak tests/test_soak.py $(PYTEST_ARGS)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest tests/benchmarks -o addopts= --benchmark-only --benchmark-columns=min,median,stddev,rounds
@@ -85,4 +92,4 @@ $(DATASETS:%=evaluate-%): evaluate-%: $(INSTALLED)
 	    -p n_structures $(N_STRUCTURES) -p n_samples $(N_SAMPLES) -p n_baselines $(N_BASELINES)
 
 clean:
-	rm -rf demo runs build .browser .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf demo runs build .browser .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import NoneType
-from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from pymatgen.core import Structure
 
 MAX_ATOMIC_NUMBER = 100
-Rng = torch.Generator | Sequence[torch.Generator]  # for a batch, or one a crystal: then none depends on the others
+Rngs = Sequence[torch.Generator]  # one a crystal: then none depends on the others
+Rng = torch.Generator | Rngs  # or one for a batch
 MIN_VOLUME = 1e-6  # Å³: below this a cell is called flat, whatever its shape
 
 
@@ -139,7 +140,10 @@ class Crystals:
         names = ("cell", "positions") if isinstance(target, torch.dtype) else vars(self)
         return self.replace(**{name: getattr(self, name).to(target) for name in names})
 
-    def __getitem__(self, systems: int | slice | Sequence[int] | Tensor) -> Crystals:
+    def __iter__(self) -> Iterator[Crystals]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, systems: int | slice | Sequence[int] | np.ndarray | Tensor) -> Crystals:
         """The chosen crystals, in the order given (a crystal may be chosen more than once); a loop takes one by one."""
         device, counts = self.cell.device, self.n_atoms
         if not isinstance(systems, slice):
@@ -156,16 +160,14 @@ class Crystals:
             raise ValueError("empty batch: nothing to join")
         offsets = np.cumsum([0, *(batch.n_systems for batch in batches)])
         moved = [batch.system_idx + int(offset) for batch, offset in zip(batches, offsets)]
-        joined = (
-            torch.cat([vars(batch)[name] for batch in batches]) for name in ("cell", "positions", "atomic_numbers")
-        )
-        return cls(*joined, torch.cat(moved))
+        joined = {name: torch.cat([vars(batch)[name] for batch in batches]) for name in vars(batches[0])}
+        return cls(**joined | {"system_idx": torch.cat(moved)})
 
     @classmethod
     def from_arrays(
         cls,
-        cells: np.ndarray,
-        positions: np.ndarray,
+        cells: np.ndarray | Tensor,
+        positions: np.ndarray | Tensor,
         species: Sequence[Sequence[int]],
         dtype: torch.dtype = torch.float32,
     ) -> Crystals:
@@ -196,12 +198,12 @@ class Crystals:
         """One pymatgen structure per crystal, atoms wrapped into the cell."""
         from pymatgen.core import Lattice, Structure
 
-        counts = self.n_atoms.tolist()
+        species: list[Any] = self.species  # pymatgen takes atomic numbers, but its annotations do not say so
         cells = self.cell.detach().cpu().double().numpy()
-        positions = torch.split(self.positions.detach().cpu().double(), counts)
+        positions = torch.split(self.positions.detach().cpu().double(), self.n_atoms.tolist())
         return [
             Structure(Lattice(cell), numbers, xyz.numpy(), coords_are_cartesian=True, to_unit_cell=True)
-            for cell, numbers, xyz in zip(cells, self.species, positions)
+            for cell, numbers, xyz in zip(cells, species, positions)
         ]
 
 

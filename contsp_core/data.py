@@ -16,7 +16,7 @@ import re
 import reprlib
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -137,7 +137,7 @@ def _parse_csv(content: bytes, source: Source, name: str, split: str) -> Split:
         table = pd.read_csv(io.BytesIO(content), keep_default_na=False, na_values=[""], dtype=text)
     for label in ("material_id", "cif"):
         if label not in table.columns:
-            raise ValueError(f"{source.path} has no column {label!r}, expected one; found {', '.join(table.columns)}")
+            raise ValueError(f"{source.path} has columns {' '.join(', '.join(table).split())}, expected {label!r} too")
     if not len(table):
         raise ValueError(f"{source.path} has no rows, expected one crystal a row")
     table = table.fillna(dict.fromkeys(table.select_dtypes(exclude="number"), ""))
@@ -145,19 +145,18 @@ def _parse_csv(content: bytes, source: Source, name: str, split: str) -> Split:
     results = parse_cifs(table["cif"].tolist(), description=f"{name}/{split}")
     for row, reason in _bad_ids(ids).items():
         ids[row], results[row] = f"row {row + 1}", reason
-    good = [row for row, result in enumerate(results) if isinstance(result, Crystals)]
+    good = {row: result for row, result in enumerate(results) if isinstance(result, Crystals)}
     skipped = tuple((ids[row], result) for row, result in enumerate(results) if isinstance(result, str))
     if not good:
         raise ValueError(f"{source.path}: all {len(ids)} rows are bad, the first is {ids[0]}: {results[0]}")
-    crystals = Crystals.cat([results[row] for row in good])
     labels = [label for label in table.columns.drop("material_id") if not label.startswith(("cif", "Unnamed"))]
-    columns = {label: np.array(table[label].iloc[good].tolist()) for label in labels}
-    return Split(name, split, [ids[row] for row in good], crystals, source, columns, skipped)
+    columns = {label: np.array(table[label].iloc[list(good)].tolist()) for label in labels}
+    return Split(name, split, [ids[row] for row in good], Crystals.cat(list(good.values())), source, columns, skipped)
 
 
 def _bad_ids(material_ids: Sequence[str]) -> dict[int, str]:
     """{row: reason} of each ``material_id`` that is taken already or cannot name a file or a folder."""
-    reasons, first = {}, {}
+    reasons, first = dict[int, str](), dict[str, int]()
     for row, text in enumerate(material_ids):
         plain = text.isprintable() and re.fullmatch(r"(?![. ])[^/\\]+(?<! )", text)
         if not plain or len(text.encode()) > MAX_ID_BYTES:
@@ -205,7 +204,7 @@ class Source(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Split(Sequence):
+class Split(Sequence["Structure"]):
     """An immutable sequence of crystals; ``split[i]`` is a pymatgen structure, ``split[a:b]`` a smaller split."""
 
     name: str  # of the data set
@@ -223,8 +222,8 @@ class Split(Sequence):
         return f"Split({self.name!r}, {self.split!r}, {len(self)} crystals, from {self.source.path!r})"
 
     def __getitem__(self, index: int | slice) -> Any:
-        chosen = range(len(self))[index]
-        return self.select(chosen) if isinstance(index, slice) else self.select([chosen]).structures[0]
+        rows = range(len(self))
+        return self.select(rows[index]) if isinstance(index, slice) else self.select([rows[index]]).structures[0]
 
     def __iter__(self) -> Iterator[Structure]:
         return iter(self.structures)
@@ -258,16 +257,16 @@ class Split(Sequence):
             columns={name: column[chosen] for name, column in self.columns.items()},
         )
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write one ``.npz``; as ``$CONTSP_DATA_DIR/<name>/<split>.npz`` :func:`load_split` finds it."""
         arrays = {name: tensor.numpy() for name, tensor in vars(self.crystals).items()}
         arrays |= {f"column:{name}": column for name, column in self.columns.items()}
-        header = {"format": FORMAT, "path": self.source.path, "blob_id": self.source.blob_id}
+        header: dict[str, Any] = {"format": FORMAT, "path": self.source.path, "blob_id": self.source.blob_id}
         header |= {"material_ids": self.material_ids, "skipped": self.skipped}
         write_whole(Path(path), lambda file: np.savez(file, header=np.array(json.dumps(header)), **arrays))
 
     @classmethod
-    def load(cls, path: str | os.PathLike, name: str, split: str) -> Split:
+    def load(cls, path: str | os.PathLike[str], name: str, split: str) -> Split:
         """Read what :meth:`save` wrote; a ValueError tells of a file that is damaged, foreign, or of another format."""
         content = io.BytesIO(Path(path).read_bytes())
         # zip, zlib, header and key errors alike mean: not such a file
@@ -292,8 +291,8 @@ def parse_formula(text: str) -> list[int]:
     from pymatgen.core import Composition, Element
 
     known = {symbol for symbol, element in Element.__members__.items() if element.Z <= MAX_ATOMIC_NUMBER}
-    unknown = [symbol for symbol in re.findall("[A-Z][a-z]*", str(text)) if symbol not in known]
-    counts = {}
+    unknown = [symbol for symbol in re.findall("[A-Z][a-z]*", str(text).replace("@", "")) if symbol not in known]
+    counts: Mapping[Any, float] = {}
     with suppress(Exception):  # pymatgen raises several kinds
         counts = Composition(text, strict=True).element_composition
     if unknown or not 0 < sum(counts.values()) <= MAX_FORMULA_ATOMS or any(n % 1 for n in counts.values()):
@@ -318,7 +317,7 @@ def resolve_species(entries: Sequence[str | Sequence[int]]) -> list[list[int]]:
     return species
 
 
-def choose(items: Sequence, n: int | None, seed: int = 0) -> list:
+def choose(items: Sequence[Any], n: int | None, seed: int = 0) -> list[Any]:
     """A random choice of at most ``n`` ≥ 1 entries, without repeats, in their original order; all of them for None."""
     if n is not None and n < 1:
         raise ValueError(f"n is {n}, expected ≥ 1, or None for all")

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -31,11 +31,11 @@ LARGEST_STRAIN = 0.5  # of one sampling step; a trained energy does not reach it
 class DiffusionConfig:
     """Sampling from high to low noise; the defaults were chosen on Perov-5 validation crystals."""
 
-    n_steps: int = 100  # energy gradients in all
+    n_steps: int = 300  # energy gradients in all
     noise_first: float | None = None  # Å, where to begin; the model's largest level if None
-    n_corrections: int = 4  # Langevin steps at each level before the step down
+    n_corrections: int = 14  # Langevin steps at each level before the step down
     correction_step: float = 0.25  # η of these, in units of σ²
-    temperature: float = 1.0  # of these; at 1 the density is the learned one
+    temperature: float = 0.5  # of these; at 1 the density is the learned one
 
     def __post_init__(self) -> None:
         check_settings(self, n_corrections=(0, math.inf), temperature=(0, 1))
@@ -223,8 +223,8 @@ def _langevin(width: float, config: DiffusionConfig) -> _Step:
 def _schedule(energy: EnergyConfig, config: DiffusionConfig) -> list[tuple[float, _Step, _Step]]:
     """σ, step of the atoms (Å) and step of the strain of each move; the strain rests where its width is capped."""
     n_levels = -(-config.n_steps // (1 + config.n_corrections))
-    ends = math.log10(config.noise_first or energy.noise_max), math.log10(energy.noise_min)
-    sigmas = torch.cat([torch.logspace(*ends, n_levels, dtype=torch.float64), torch.zeros(1)])
+    first, last = (math.log10(cast(float, x)) for x in (config.noise_first or energy.noise_max, energy.noise_min))
+    sigmas = torch.cat([torch.logspace(first, last, n_levels, dtype=torch.float64), torch.zeros(1)])
     widths, steps = strain_width(energy, sigmas).tolist(), []
     for (sigma, below), (width, next_width) in zip(pairwise(sigmas.tolist()), pairwise(widths), strict=True):
         correction = _langevin(sigma, config), _langevin(width if next_width < width else 0.0, config)

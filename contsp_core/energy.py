@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from contsp_core.lattice import without_skew
 try:  # without numba the same energy is computed by the plain torch path
     from contsp_core import kernels
 except ImportError:
-    kernels = None
+    kernels = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class EnergyConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, n_basis=(2, math.inf), density_weight=(0, math.inf))
-        levels = (self.noise_min, self.noise_max)
-        if levels != (None, None) and (None in levels or not self.noise_min < self.noise_max):
-            raise ValueError(f"noise_min, noise_max are {levels}, expected both None, or 0 < noise_min < noise_max")
+        low, high = self.noise_min, self.noise_max
+        if not (low is high if low is None or high is None else low < high):
+            raise ValueError(f"noise_min, noise_max are {low, high}, expected both None, or 0 < noise_min < noise_max")
 
     @property
     def n_vectors(self) -> int:
@@ -75,7 +75,7 @@ class GaussianBasis(nn.Module):
 
     def __init__(self, config: EnergyConfig) -> None:
         super().__init__()
-        self.register_buffer("offset", torch.linspace(0, config.basis_max, config.n_basis))
+        self.offset = nn.Buffer(torch.linspace(0, config.basis_max, config.n_basis))
         self.width = config.basis_width * config.basis_max / (config.n_basis - 1)
         self.reach = config.basis_max + 40 * self.width  # Å; beyond, every φ is zero in either precision
 
@@ -124,8 +124,8 @@ class NoiseFeatures(nn.Module):
 
     def __init__(self, config: EnergyConfig, n_features: int = 16) -> None:
         super().__init__()
-        log_min, log_max = math.log(config.noise_min), math.log(config.noise_max)
-        self.register_buffer("centre", torch.linspace(log_min, log_max, n_features))
+        log_min, log_max = (math.log(cast(float, level)) for level in (config.noise_min, config.noise_max))
+        self.centre = nn.Buffer(torch.linspace(log_min, log_max, n_features))
         self.width = (log_max - log_min) / (n_features - 1)
         self.to_conv = nn.Linear(n_features, 2 * config.width * config.n_conv)
         self.to_readout = nn.Linear(n_features, config.width)
@@ -160,14 +160,11 @@ class ContinuousCGCNN(nn.Module):
         layers = [nn.Linear(config.width, config.width) for _ in range(config.n_fc - 1)]
         self.fc_layers = nn.ModuleList(spectral_norm(layer) if config.spectral_norm else layer for layer in layers)
         self.fc_final = nn.Linear(config.width, 1)
-        self.noise_features = NoiseFeatures(config) if config.noise_max is not None else None
-        volumes = torch.full((MAX_ATOMIC_NUMBER + 1,), 1 / config.reference_density)
-        self.register_buffer("atomic_volume", volumes)
+        self.noise_features: NoiseFeatures | Any = NoiseFeatures(config) if config.noise_max is not None else None
+        self.atomic_volume = nn.Buffer(torch.full((MAX_ATOMIC_NUMBER + 1,), 1 / config.reference_density))
         if config.noise_max is not None:
-            self.register_buffer("start_cells", torch.eye(3).repeat(config.n_start_cells, 1, 1))  # volume 1
-            self.register_buffer(
-                "start_counts", torch.ones(config.n_start_cells, MAX_ATOMIC_NUMBER + 1, dtype=torch.uint8)
-            )
+            self.start_cells = nn.Buffer(torch.eye(3).repeat(config.n_start_cells, 1, 1))  # volume 1
+            self.start_counts = nn.Buffer(torch.ones(config.n_start_cells, MAX_ATOMIC_NUMBER + 1, dtype=torch.uint8))
         self.use_kernels = kernels is not None
 
     def forward(self, crystals: Crystals, sigma: Tensor | None = None) -> Tensor:
@@ -182,7 +179,7 @@ class ContinuousCGCNN(nn.Module):
             shift = 0.0 if to_conv is None else crystals.to_atoms(to_conv[:, layer])
             nodes = conv(nodes, shift, messages)
         if self.config.form == "residual":
-            shift = to_readout if sigma is None else crystals.to_atoms(to_readout)
+            shift = crystals.to_atoms(to_readout) if isinstance(to_readout, Tensor) else to_readout
             energy = crystals.sum_atoms(self._readout(nodes + shift)) / crystals.n_atoms
         else:
             energy = self._readout(crystals.sum_atoms(nodes) / crystals.n_atoms[:, None] + to_readout)
@@ -235,16 +232,16 @@ class ContinuousCGCNN(nn.Module):
         distance, weight, direction = self._edges(crystals, cutoff, edges.graph, vector)
         # the interpolation error falls as the fourth power of spacing / s: 1e-9 for single, 1e-13 for double precision
         basis = self.distance_expansion
-        inverse_spacing = (16 if distance.dtype == torch.float32 else 240) / basis.width
-        n_nodes = int(min(float(cutoff.detach().nan_to_num(0, 0).max()), basis.reach) * inverse_spacing) + 3
-        grid = torch.arange(n_nodes, dtype=distance.dtype) / inverse_spacing
-        values, slopes = basis(grid), basis.slope(grid) / inverse_spacing
+        spacing = basis.width / (16 if distance.dtype == torch.float32 else 240)
+        n_nodes = int(min(float(cutoff.detach().nan_to_num(0, 0).max()), basis.reach) / spacing) + 3
+        grid = torch.arange(n_nodes, dtype=distance.dtype) * spacing
+        values, slopes = basis(grid), basis.slope(grid) * spacing
         within = distance.clamp(max=basis.reach)  # beyond, the filter is constant
 
         def messages(received: Tensor, sent: Tensor, lin3: nn.Linear) -> Tensor:
             table = torch.cat([lin3(values), slopes @ lin3.weight.T], dim=1)
-            edge = (within, weight, direction)
-            return kernels.message_sum(received, sent, table, *edge, self.config.n_vectors, inverse_spacing, edges)
+            geometry = (within, weight, direction)
+            return kernels.message_sum(received, sent, table, geometry, self.config.n_vectors, spacing, edges)
 
         return messages
 
@@ -274,8 +271,8 @@ def energy_and_gradient(
     with torch.enable_grad():
         value = energy(moving, *args)
         grads = torch.autograd.grad(value.sum(), (moving.cell, moving.positions), allow_unused=True)
-    grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, (moving.cell, moving.positions))]
-    return value.detach(), *grads
+    cell, positions = (torch.zeros_like(x) if g is None else g for g, x in zip(grads, (moving.cell, moving.positions)))
+    return value.detach(), cell, positions
 
 
 def strain_gradient(crystals: Crystals, grad_cell: Tensor, grad_positions: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -258,7 +258,8 @@ def as_energy(energy: Energy | Calculator) -> Energy:
 def graph_cutoff(energy: Energy | Calculator, crystals: Crystals, cutoff: float | None = None) -> Tensor:
     """(n_systems,) radius at which an energy cuts its graph, Å: the one given, else as :func:`audit` says."""
     if cutoff is None and hasattr(energy, "get_potential_energy"):
-        cutoff = energy.parameters.get("rc") or energy.parameters.get("cutoff")
+        settings = cast("Calculator", energy).parameters
+        cutoff = settings.get("rc") or settings.get("cutoff")
     if cutoff is None:
         return getattr(energy, "cutoff_radius", cutoff_radius)(crystals)
     return torch.full_like(crystals.volume, float(cutoff))
@@ -301,7 +302,7 @@ def _continuity(function: Energy, path: Path, floor: Tensor, rng: torch.Generato
         change = _size(energies[1:] - energies[0]).unflatten(0, (2, -1)).amax(dim=0)
         place, width = torch.zeros_like(floor), DELTAS[:, None].expand_as(change)
     else:
-        place, width, change = _search(function, path, floor)
+        place, width, change = _search(function, path, path.grid, floor)
     floor = torch.maximum(floor, MARGIN * rounding_noise(function, path.at(place), rng))
     visible = change > floor
     pairs = visible[1:] & visible[:-1]
@@ -317,12 +318,12 @@ def _continuity(function: Energy, path: Path, floor: Tensor, rng: torch.Generato
     return table.assign(verdict=np.where(possible, verdict, "impossible"))
 
 
-def _search(function: Energy, path: Path, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _search(function: Energy, path: Path, grid: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Zoom into the step whose slope stands out most from those beside it, again and again: place, widths, |ΔE|.
 
-    A jump that is small against the bending of the energy over one step of ``path.grid`` can be missed.
+    A jump that is small against the bending of the energy over one step of ``grid`` can be missed.
     """
-    grid, system = path.grid.expand(-1, len(floor)), torch.arange(len(floor))
+    grid, system = grid.expand(-1, len(floor)), torch.arange(len(floor))
     widths, changes = [], []
     for _ in DELTAS:
         step, width = path.energies(function, grid).diff(dim=0), grid.diff(dim=0)
@@ -344,7 +345,7 @@ def _size(change: Tensor) -> Tensor:
     return change.abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
-def _as_batch(structures: Crystals | Structure | Iterable[Structure]) -> tuple[Crystals, list[str]]:
+def _as_batch(structures: Any) -> tuple[Crystals, list[str]]:
     if isinstance(structures, Crystals):
         return structures.to(torch.float64).to("cpu"), [str(index) for index in range(len(structures))]
     structures = [structures] if hasattr(structures, "lattice") else list(structures)
@@ -352,7 +353,7 @@ def _as_batch(structures: Crystals | Structure | Iterable[Structure]) -> tuple[C
     return Crystals.from_structures(structures, dtype=torch.float64), names
 
 
-def _calculator_energy(calculator: Calculator, crystals: Crystals) -> Tensor:
+def _calculator_energy(calculator: Any, crystals: Crystals) -> Tensor:
     """(n_systems,) energies per atom, one crystal after the other."""
     units = zip(crystals.species, crystals.positions.split(crystals.n_atoms.tolist()), crystals.cell)
     atoms = [Atoms(numbers, xyz.numpy(), cell=cell.numpy(), pbc=True) for numbers, xyz, cell in units]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from contsp_core.crystals import Crystals
 from contsp_core.graph import Graph, search_range
 
-FAST = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy", "nogil": True, "cache": True}
+FAST: Any = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy", "nogil": True, "cache": True}
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def run_parts(kernel: Callable, bounds: np.ndarray, arguments: Callable[[int], tuple]) -> None:
+def run_parts(kernel: Callable[..., None], bounds: np.ndarray, arguments: Callable[[int], tuple[Any, ...]]) -> None:
     """Run ``kernel(bounds[p], bounds[p + 1], *arguments(p))`` for every part p, each in a thread."""
     parts = range(len(bounds) - 1)
     in_order = map if len(parts) == 1 else _pool().map
@@ -166,10 +167,9 @@ def _sigmoid(x):
 @overload(_sigmoid, jit_options=FAST | {"cache": False})
 def _compiled_sigmoid(x):
     """e^y = 2^n e^r with |r| ≤ ln(2) / 2: 2^n from its bits, e^r from its Taylor series, to rounding."""
-    if x == types.float32:
-        real, integer, mantissa_bits, bias, limit, n_terms, n_high = np.float32, np.int32, 23, 127, 80.0, 7, 9
-    else:
-        real, integer, mantissa_bits, bias, limit, n_terms, n_high = np.float64, np.int64, 52, 1023, 700.0, 14, 32
+    single: Any = np.float32, np.int32, 23, 127, 80.0, 7, 9
+    double: Any = np.float64, np.int64, 52, 1023, 700.0, 14, 32
+    real, integer, mantissa_bits, bias, limit, n_terms, n_high = single if x == types.float32 else double
     high = round(math.log(2) * 2**n_high) / 2**n_high  # so short that n · high is exact
     low, inverse = math.log(2) - high, 1 / math.log(2)
     terms = tuple(1 / math.factorial(n) for n in reversed(range(n_terms)))
@@ -261,7 +261,7 @@ def _receive_backward(D, V, ai, bj, c, w, x, y, z, g, ga, gb, gz, gc):
 
 
 @lru_cache
-def _message_kernels(D: int, V: int) -> tuple[Callable, Callable]:
+def _message_kernels(D: int, V: int) -> tuple[Callable[..., None], Callable[..., None]]:
     """Forward and backward of one message pass, compiled for its widths: loops of known length vectorise better."""
     W = 2 * D
 
@@ -335,9 +335,8 @@ class _MessageSum(torch.autograd.Function):
 
 
 def message_sum(
-    a: Tensor, b: Tensor, table: Tensor, distance: Tensor, weight: Tensor, direction: Tensor, n_vectors: int,
-    inverse_spacing: float, edges: EdgeList,
-) -> Tensor:  # fmt: skip
+    a: Tensor, b: Tensor, table: Tensor, geometry: tuple[Tensor, ...], n_vectors: int, spacing: float, edges: EdgeList
+) -> Tensor:
     """Σ_j m_ij, and of the first features Σ_j m_ij x_ij, Σ_j m_ij y_ij, Σ_j m_ij z_ij, over both edge directions.
 
     m_ij = w_ij σ(u_ij) ⊙ v_ij with (u, v)_ij = (a_i + b_j) ⊙ c(d_ij).
@@ -345,14 +344,12 @@ def message_sum(
     Args:
         a, b: (n_atoms_total, 2 D) projections of the receiving and of the sending atom.
         table: (n_nodes, 4 D) the filter c and its slope times the node spacing, at distances 0, 1, 2 … spacings.
-        distance: (n_edges,) Å.
-        weight: (n_edges,) w(d).
-        direction: (n_edges, 3) (x, y, z)_ij, of the other sign for the other direction of the edge.
+        geometry: of the edges, (n_edges,) distance, Å; (n_edges,) weight w(d); (n_edges, 3) vector (x, y, z)_ij, which
+            has the other sign for the other direction.
         n_vectors: V, the number of features of which the last three sums are taken.
-        inverse_spacing: nodes per Å.
-        edges: the edges that distance, weight and direction belong to.
+        spacing: of the nodes, Å.
 
     Returns:
         (n_atoms_total, D + 3 V), differentiable once in all tensors.
     """
-    return _MessageSum.apply(a, b, table, distance, weight, direction, n_vectors, inverse_spacing, edges)
+    return _MessageSum.apply(a, b, table, *geometry, n_vectors, 1 / spacing, edges)

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import IO, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, distributed, nn
@@ -32,6 +32,7 @@ from contsp_core.checkpoints import load_model, read_tensors, save_checkpoint, w
 from contsp_core.crystals import (
     Crystals,
     Rng,
+    Rngs,
     check_settings,
     expand_composition,
     fit_atomic_volumes,
@@ -77,9 +78,9 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        shares = dict.fromkeys(("final_learning_rate", "ema_decay", "expand_p", "buffer_share", "buffer_start"), (0, 1))
-        others = dict.fromkeys(("learning_rate", "warmup", "weight_decay", "energy_penalty", "seed"), (0, math.inf))
-        check_settings(self, **shares, **others)
+        shares = dict.fromkeys(("final_learning_rate", "ema_decay", "buffer_share", "buffer_start"), (0, 1))
+        others = dict.fromkeys(("learning_rate", "warmup", "weight_decay", "energy_penalty"), (0, math.inf))
+        check_settings(self, **shares, **others, expand_p=(1e-3, 1), seed=(0, 2**62))
         if self.n_updates is None and self.time_limit_s is None:
             raise ValueError("n_updates is None, expected a number where there is no time_limit_s")
 
@@ -91,7 +92,7 @@ PAPER = TrainConfig(
 EPOCHS = {"perov5": (5, 11356), "mp20": (5, 27136), "mpts52": (3, 27380), "carbon24": (2, 6091)}  # published; crystals
 
 
-def preset(dataset: str, objective: str = TrainConfig.objective) -> tuple[EnergyConfig, TrainConfig]:
+def preset(dataset: str, objective: Objective = TrainConfig.objective) -> tuple[EnergyConfig, TrainConfig]:
     """Settings of energy and training for a data set; ``contrastive_divergence`` is the paper's, as published."""
     if dataset not in DATASETS:
         raise ValueError(f"dataset is {dataset!r}, expected one of {', '.join(DATASETS)}")
@@ -129,7 +130,7 @@ def contrastive_divergence_step(
 
 
 def _sample(
-    model: nn.Module, species: list[list[int]], config: TrainConfig, rng: Rng, buffer: Buffer | None, update: int
+    model: nn.Module, species: list[list[int]], config: TrainConfig, rng: Rngs, buffer: Buffer | None, update: int
 ) -> tuple[Crystals, Row]:
     """Ũ from fresh starts and from the buffer, which keeps the result; and what the log shows of the chains."""
     energy = copy.deepcopy(model).eval().requires_grad_(False)  # chains need no gradient in θ, and leave it alone
@@ -253,8 +254,8 @@ def train_step(state: TrainState, crystals: Crystals, config: TrainConfig, progr
         decay = min(config.ema_decay, (1 + state.update) / (AVERAGE_WARMUP + state.update))
         for kept, new in zip(state.averaged.parameters(), model.parameters(), strict=True):
             kept.lerp_(new.detach(), 1 - decay)
-        for kept, new in zip(state.averaged.buffers(), model.buffers(), strict=True):
-            kept.copy_(new)
+        for old, now in zip(state.averaged.buffers(), model.buffers(), strict=True):
+            old.copy_(now)
         state.update += 1
     return row | {"gradient_norm": gradient_norm, "learning_rate": learning_rate}
 
@@ -280,7 +281,7 @@ def _average_over_ranks(state: TrainState, row: Row, weight: float) -> Row:
         distributed.all_gather_object(new, {k: v for k, v in state.buffer.items() if weight and v[1] == state.update})
         for samples in new:
             state.buffer |= samples
-    grads = [parameter.grad for parameter in state.model.parameters()]
+    grads = [cast(Tensor, parameter.grad) for parameter in state.model.parameters()]
     flat = weight * torch.cat([grads[0].new_tensor(list(row.values())), *(grad.flatten() for grad in grads)])
     distributed.all_reduce(flat)
     torch.nn.utils.vector_to_parameters(flat[len(row) :], grads)
@@ -474,7 +475,7 @@ def _signals(state: TrainState) -> Iterator[None]:
             raise KeyboardInterrupt
         state.stopped_by = number
 
-    old = {}
+    old: dict[int, Any] = {}
     with contextlib.suppress(ValueError):  # only the main thread has signals
         old |= {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -42,10 +42,10 @@ def message_inputs(D: int = 5, dtype: torch.dtype = torch.float64) -> tuple[tupl
     return tuple(tensor.requires_grad_() for tensor in (a, b, table, distance, weight, direction)), edges
 
 
-def literal_sum(a, b, table, distance, weight, direction, n_vectors, inverse_spacing, edges) -> torch.Tensor:
+def literal_sum(a, b, table, geometry, n_vectors, spacing, edges) -> torch.Tensor:
     """Σ_j m and Σ_j m ⊗ x with m = w σ(u) v, one edge direction after the other."""
-    D = a.shape[1] // 2
-    c = cubic(table, distance * inverse_spacing, D)
+    D, (distance, weight, direction) = a.shape[1] // 2, geometry
+    c = cubic(table, distance / spacing, D)
     out = a.new_zeros(len(a), D + 3 * n_vectors)
     source, target = edges.graph.source, edges.graph.target
     for i, j, x in ((source, target, direction), (target, source, -direction)):
@@ -60,8 +60,8 @@ def literal_sum(a, b, table, distance, weight, direction, n_vectors, inverse_spa
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
 def test_the_message_sum_and_its_six_gradients_are_those_of_autograd(dtype, tolerance, n_vectors):
     inputs, edges = message_inputs(dtype=dtype)
-    fused = kernels.message_sum(*inputs, n_vectors, 2.0, edges)
-    literal = literal_sum(*inputs, n_vectors, 2.0, edges)
+    fused = kernels.message_sum(*inputs[:3], inputs[3:], n_vectors, 0.5, edges)
+    literal = literal_sum(*inputs[:3], inputs[3:], n_vectors, 0.5, edges)
     adjoint = torch.linspace(-1, 1, fused.numel(), dtype=dtype).view_as(fused)
     torch.testing.assert_close(fused, literal, rtol=tolerance, atol=10 * tolerance)
     options = {"allow_unused": True, "materialize_grads": True}  # without vectors nothing depends on the directions
@@ -72,8 +72,8 @@ def test_the_message_sum_and_its_six_gradients_are_those_of_autograd(dtype, tole
 
 def test_no_gradient_of_the_table_is_made_when_none_is_asked_for():
     (a, b, table, *of_edges), edges = message_inputs()
-    total = kernels.message_sum(a, b, table.detach(), *of_edges, 2, 2.0, edges).sum()
-    with_table = kernels.message_sum(a, b, table, *of_edges, 2, 2.0, edges).sum()
+    total = kernels.message_sum(a, b, table.detach(), of_edges, 2, 0.5, edges).sum()
+    with_table = kernels.message_sum(a, b, table, of_edges, 2, 0.5, edges).sum()
     inputs = (a, b, *of_edges)
     for one, other in zip(torch.autograd.grad(total, inputs), torch.autograd.grad(with_table, inputs)):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
@@ -104,9 +104,8 @@ def test_the_sigmoid_is_right_over_its_whole_range(dtype, limit, tolerance):
     pair = torch.arange(0, 2 * count, 2)
     edges = EdgeList(Graph(pair, pair + 1, torch.zeros(count, 3, dtype=torch.int32)), np.array([0, count]))
     at, one = torch.zeros(count, dtype=dtype), torch.ones(count, dtype=dtype)
-    found = kernels.message_sum(a, torch.zeros_like(a), table, at, one, at.new_zeros(count, 3), 0, 1.0, edges)[
-        ::2, 0
-    ].numpy()
+    geometry = at, one, at.new_zeros(count, 3)
+    found = kernels.message_sum(a, torch.zeros_like(a), table, geometry, 0, 1.0, edges)[::2, 0].numpy()
     expected = special.expit(x.double().numpy())
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
     inside = np.abs(x.numpy()) < limit  # beyond, the exponent is held back from overflow
@@ -204,7 +203,7 @@ def test_an_atom_that_is_nowhere_reads_no_memory_but_the_table():
     (a, b, table, distance, weight, direction), edges = message_inputs()
     lost = distance.detach().clone()
     lost[0] = torch.nan
-    found = kernels.message_sum(a, b, table, lost, weight, direction, 2, 2.0, edges)
+    found = kernels.message_sum(a, b, table, (lost, weight, direction), 2, 0.5, edges)
     both = [int(edges.graph.source[0]), int(edges.graph.target[0])]
     (gradient,) = torch.autograd.grad(found.sum(), table)
     assert found[both].isnan().all()

@@ -40,6 +40,7 @@ BY_GPU_WHEELS = ("nvidia-", "cuda-", "triton")  # what a CUDA build of torch pin
 SILENCED = re.compile("# ?" + "noqa")
 DEFINITION = ast.FunctionDef | ast.ClassDef
 TORCH_METHODS = ("forward", "backward", "setup_context")  # torch documents these
+LINTERS = ("ruff check", "ruff format --check", "mypy")
 IMPORT_ALL = """
 import pathlib, pkgutil, importlib, numpy, torch
 before = torch.get_rng_state(), numpy.random.get_state()[1].tolist(), torch.get_num_threads(), torch.get_default_dtype()
@@ -158,6 +159,21 @@ def test_no_linter_is_silenced_and_no_signature_is_too_long(path):
             arguments = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
             arguments = [name for name in arguments if name not in ("self", "cls")]
             assert len(arguments) <= 8, f"{node.name} has {len(arguments)} arguments, expected ≤ 8"
+
+
+@pytest.mark.parametrize("command", LINTERS)
+def test_linter_has_nothing_to_say(command, tmp_path):
+    program, *options = command.split()
+    pytest.importorskip(program, reason=f"{program} is not installed")
+    env = os.environ | {"RUFF_CACHE_DIR": str(tmp_path), "MYPY_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", program, *options]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_make_lint_runs_each_linter():
+    recipe = re.search(r"^lint:.*\n((?:\t.+\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe[1] == "".join(f"\t$(BIN)/{command}\n" for command in LINTERS)
 
 
 def test_torch_is_pinned_as_agreed(requirements):

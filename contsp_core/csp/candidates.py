@@ -13,7 +13,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from pymatgen.core import Structure
 from pymatgen.core.structure_matcher import StructureMatcher
 from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
 
-from contsp_core.crystals import Crystals, Rng, fit_atomic_volumes, keyed_rng, pack
+from contsp_core.crystals import Crystals, Rngs, fit_atomic_volumes, keyed_rng, pack
 from contsp_core.csp.metrics import is_valid_structure, run_with_time_limit
 from contsp_core.data import parse_formula
 from contsp_core.diffusion import DiffusionConfig
@@ -59,7 +59,7 @@ def make_candidates(
     library: TemplateLibrary | None = None,
     n_steps: int | None = None,
     batch_atoms: int = BATCH_ATOMS,
-) -> list[list[Structure | None]]:
+) -> Sequence[Sequence[Structure | None]]:
     """Candidates for some compositions.
 
     Args:
@@ -80,22 +80,23 @@ def make_candidates(
         ValueError: on an unknown source, or if the model or the library that it needs is missing.
     """
     _check_source(source, n_samples, model, library)
+    energy, templates = cast(ContinuousCGCNN, model), cast(TemplateLibrary, library)  # there, where the source needs it
     if source == "chains":
-        return sample_structures(model, species, n_samples, n_steps, seed, batch_atoms=batch_atoms)
+        return sample_structures(energy, species, n_samples, n_steps, seed, batch_atoms=batch_atoms)
     species = [tuple(sorted(numbers)) for numbers in species]
     rngs = [[keyed_rng(seed, numbers, n) for n in range(n_samples)] for numbers in species]  # as of the chains
     if source.startswith("start"):
         places = range(n_samples)
-        starts = [start_crystals(model, [numbers] * n_samples, rng, places) for numbers, rng in zip(species, rngs)]
+        starts = [start_crystals(energy, [numbers] * n_samples, rng, places) for numbers, rng in zip(species, rngs)]
         found = [crystals.to_structures() for crystals in starts]
     else:
-        found = [library.substitute(numbers, n_samples, seed) for numbers in species]
+        found = [templates.substitute(numbers, n_samples, seed) for numbers in species]
     flat = [structure for structures in found for structure in structures]
     if source.endswith("_descended"):
-        flat = descend(model, flat, n_steps or sampling_config(model).n_steps)
+        flat = descend(energy, flat, n_steps or sampling_config(energy).n_steps)
     elif source.endswith("_relaxed"):
         rng = [own for part, all_own in zip(found, rngs) for own in all_own[: len(part)]]
-        flat = relax(model, flat, rng, n_steps or N_STEPS[source])
+        flat = relax(energy, flat, rng, n_steps or N_STEPS[source])
     rest = iter(flat if model is None else with_energies(model, flat))
     return [[next(rest) for _ in part] + [None] * (n_samples - len(part)) for part in found]
 
@@ -156,9 +157,9 @@ class TemplateLibrary:
         assigned = np.array([[elements[i] for i in order] for order in assignments(pattern)])
         candidates = []
         for multiple in (m for m in range(1, len(species) + 1) if len(species) % m == 0):
-            indices, olds = self.groups.get((len(species) // multiple, pattern), ((), ()))
-            if len(indices) == 0:
+            if (found := self.groups.get((len(species) // multiple, pattern))) is None:
                 continue
+            indices, olds = found
             distance = np.zeros((len(indices), len(assigned)))
             for column, count in enumerate(pattern):
                 distance += count / sum(pattern) * element_distances()[olds[:, [column]], assigned[:, column]]
@@ -172,7 +173,7 @@ class TemplateLibrary:
 
     def _build(self, index: int, exchange: dict[int, int], multiple: int) -> Structure:
         template = self.structures[index]
-        numbers = [exchange[number] for number in template.atomic_numbers]
+        numbers: list[Any] = [exchange[number] for number in template.atomic_numbers]
         ratio = self.atomic_volumes[numbers].sum() / self.atomic_volumes[list(template.atomic_numbers)].sum()
         structure = Structure(template.lattice.scale(template.volume * ratio), numbers, template.frac_coords)
         if multiple > 1:
@@ -207,7 +208,7 @@ def _batches(model: ContinuousCGCNN, structures: Sequence[Structure]) -> Iterato
 
 
 def relax(
-    model: ContinuousCGCNN, structures: Sequence[Structure], rng: Rng, n_steps: int = 50, noise: float = 0.3
+    model: ContinuousCGCNN, structures: Sequence[Structure], rng: Rngs, n_steps: int = 50, noise: float = 0.3
 ) -> list[Structure]:
     """A short chain from each structure, with a generator each: the model's own sampler, begun late.
 
@@ -215,12 +216,12 @@ def relax(
     """
     config = replace(sampling_config(model), n_steps=n_steps)
     if isinstance(config, DiffusionConfig):
-        late = replace(config, noise_first=min(noise, model.config.noise_max))
+        config = replace(config, noise_first=min(noise, cast(float, model.config.noise_max)))
     else:  # both schedules are geometric
         step = (config.step_first * config.step_last**2) ** (1 / 3)
         temperature = (config.temperature_first * config.temperature_last**2) ** (1 / 3)
-        late = replace(config, step_first=step, temperature_first=temperature)
-    moved = [run_chains(model, crystals, late, rng[batch]) for batch, crystals in _batches(model, structures)]
+        config = replace(config, step_first=step, temperature_first=temperature)
+    moved = [run_chains(model, crystals, config, rng[batch]) for batch, crystals in _batches(model, structures)]
     return [structure for crystals in moved for structure in crystals.to_structures()]
 
 
@@ -276,7 +277,7 @@ def gather_candidates(
         seed: of all that is random.
         library: if given, templates that followed the last noise levels join the chains.
     """
-    species, options = [parse_formula(formula)], {"model": model, "library": library}
+    species, options = [parse_formula(formula)], dict[str, Any](model=model, library=library)
     made = {"chains": make_candidates("chains", species, n_samples, seed, n_steps=n_steps, **options)[0]}
     if library is not None:
         made["templates"] = make_candidates("templates_relaxed", species, n_samples, seed, **options)[0]

@@ -111,7 +111,7 @@ def evaluate_checkpoint(
     check_settings(folder, {name: value for name, value in record.items() if name != "n_structures"})
     options = {"source": source, "n_samples": n_samples, "n_steps": n_steps or None, "seed": settings.seed}
     options |= {"batch_atoms": settings.chunk_atoms}
-    make = partial(_make, model, training and pickle.dumps(training), options)
+    make = partial(_make, model, None if training is None else pickle.dumps(training), options)
     fill_folder(folder, list(zip(chosen.material_ids, chosen.species, strict=True)), make, settings)
     record |= {"method": method_label(source, checkpoint, model), "trained_on": _trained_on(checkpoint)}
     return _score(folder, chosen, record, model, folder, settings)
@@ -151,16 +151,16 @@ def _load(checkpoint: str | Path | None, dataset: str, settings: EvaluationConfi
     digest = path and f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
     split = load_split(dataset, settings.split)
     chosen = split.select(choose(range(len(split)), settings.n_structures, settings.seed))
-    record = {"source": settings.source, "checkpoint": digest, "dataset": chosen.name, "split": chosen.split}
+    record = dict[str, Any](source=settings.source, checkpoint=digest, dataset=chosen.name, split=chosen.split)
     record |= {"test_data": chosen.source.blob_id, "n_structures": len(chosen), "seed": settings.seed}
     return settings, model, chosen, record
 
 
 def method_label(source: str, checkpoint: str | Path | None, model: ContinuousCGCNN | None) -> str:
     """What the samples are; for chains the objective of the training, from the checkpoint's header, and the sampler."""
-    if source != "chains":
+    if source != "chains" or checkpoint is None or model is None:
         return METHODS[source]
-    objective = (read_settings(checkpoint).get("training") or {}).get("objective")
+    objective = (read_settings(checkpoint).get("training") or {}).get("objective", "")
     sampler = "noise levels" if isinstance(sampling_config(model), DiffusionConfig) else "annealed MALA"
     return f"{OBJECTIVES.get(objective, 'unknown objective')}, {sampler}"
 
@@ -173,7 +173,7 @@ def _trained_on(checkpoint: str | Path | None) -> dict[str, Any]:
 def _make(model: Any, training: bytes | None, options: dict[str, Any], crystals: Sequence[tuple]) -> list[tuple]:
     """Material id and candidates of each crystal, by one thread of any process: all that they depend on is given."""
     names, species = zip(*crystals, strict=True)
-    library, n_threads = training and _library(training), torch.get_num_threads()
+    library, n_threads = None if training is None else _library(training), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         return list(zip(names, make_candidates(species=species, model=model, library=library, **options), strict=True))
@@ -191,7 +191,7 @@ def _steps(source: str, model: ContinuousCGCNN | None, n_steps: int | None) -> i
 def _score(
     folder: Path, chosen: Split, record: dict, model: ContinuousCGCNN | None, output: Path, settings: EvaluationConfig
 ) -> Evaluation:
-    limits = {"n_jobs": settings.n_jobs, "time_limit_s": settings.time_limit_s, "progress": settings.progress}
+    limits = dict[str, Any](n_jobs=settings.n_jobs, time_limit_s=settings.time_limit_s, progress=settings.progress)
     predictions = read_samples(folder, chosen.material_ids, record["n_samples"], **limits)
     if model is not None and record["source"] == "cifs":
         rest = iter(with_energies(model, [s for samples in predictions for s in samples if s is not None]))

@@ -10,7 +10,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 COLORS = ("#1f6f8b", "#d1603d", "#5a8f3c", "#8a5a9e", "#c99a2e", "#555555")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -70,7 +70,7 @@ class Drawing(NamedTuple):
     """What a picture of a crystal holds, still or turning. Axes: right, up, towards the viewer; Å."""
 
     positions: np.ndarray  # (n_drawn, 3), the atoms of the cell and their images on its boundary
-    index: np.ndarray  # (n_drawn,), the atom that each is an image of
+    index: np.ndarray  # type: ignore[assignment]  # (n_drawn,), the atom that each is an image of; hides tuple.index
     numbers: np.ndarray  # (n_drawn,), atomic numbers
     bonds: np.ndarray  # (n_bonds, 2), pairs of drawn atoms
     edges: np.ndarray  # (12, 2, 3), ends of the edges of the cell
@@ -168,7 +168,7 @@ def crystal_marks(drawing: Drawing) -> list[Mark]:
     from ase.data import covalent_radii
     from ase.data.colors import jmol_colors
 
-    marks = [mark for ends in drawing.edges for mark in _line(*ends, "0.3", 0.9)]
+    marks = [mark for start, stop in drawing.edges for mark in _line(start, stop, "0.3", 0.9)]
     for first, second in drawing.bonds:
         ends = drawing.positions[[first, second]]
         for atom, end in zip((first, second), ends):
@@ -196,7 +196,7 @@ def draw_crystal(structure: Structure, ax: Axes | None = None, title: str | None
     _, paths, faces, edges, widths = zip(*crystal_marks(lay_out(structure, **direction)))
     strokes = PathCollection(paths, facecolors=faces, edgecolors=edges, linewidths=widths, capstyle="round")
     ax.add_collection(strokes)
-    marker = {"marker": "o", "ls": "none", "ms": 7, "mec": "0.25", "mew": 0.5}
+    marker: dict[str, Any] = {"marker": "o", "ls": "none", "ms": 7, "mec": "0.25", "mew": 0.5}
     for symbol, number in {site.specie.symbol: site.specie.Z for site in structure}.items():
         ax.plot([], [], mfc=jmol_colors[number], label=symbol, **marker)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=6, handletextpad=0.1, columnspacing=1)
@@ -206,7 +206,7 @@ def draw_crystal(structure: Structure, ax: Axes | None = None, title: str | None
     ax.set_aspect("equal", adjustable="datalim")
     ax.autoscale_view()
     ax.axis("off")
-    return ax.figure
+    return cast("Figure", ax.figure)
 
 
 @styled

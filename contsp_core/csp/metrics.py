@@ -29,12 +29,12 @@ from tqdm import tqdm
 from contsp_core.crystals import pack
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
 MIN_DISTANCE = 0.5  # Å, CDVAE
 MIN_VOLUME = 0.1  # Å³, CDVAE
-LOOSE = {"ltol": 0.3, "stol": 0.5, "angle_tol": 10.0}  # tolerances of the field: lengths and sites relative, degrees
-STRICT = {"ltol": 0.2, "stol": 0.3, "angle_tol": 5.0}  # pymatgen's defaults
+LOOSE: dict[str, Any] = {"ltol": 0.3, "stol": 0.5, "angle_tol": 10.0}  # tolerances of the field: relative, and degrees
+STRICT: dict[str, Any] = {"ltol": 0.2, "stol": 0.3, "angle_tol": 5.0}  # pymatgen's defaults
 GOOD = 0.1  # a loose match of smaller rms displacement is called good
 CRITERIA = {"loose": "", "strict": "_strict", "good": "_good"}  # and how the scores are named
 COUNTS = ["n_predictions", "n_missing", "n_timed_out", "n_invalid", "n_wrong_composition"]
@@ -57,7 +57,7 @@ def is_charge_neutral(formula: str) -> bool:
     with warnings.catch_warnings(action="ignore"):  # pymatgen warns of each noble gas, which has no electronegativity
         counts = {el: round(n) for el, n in Composition(formula).element_composition.reduced_composition.items()}
         electronegativity = {el: math.inf if math.isnan(el.X) else el.X for el in counts}
-    elements = sorted(counts, key=electronegativity.get)
+    elements = sorted(counts, key=electronegativity.__getitem__)
     if len(elements) == 1 or all(element.is_metal for element in elements):
         return True
     for n_cations in range(1, len(elements)):
@@ -124,7 +124,7 @@ def check_limits(n_jobs: int, time_limit_s: float) -> None:
         raise ValueError(f"time_limit_s is {time_limit_s}, expected a positive number of seconds")
 
 
-def spread(function: Callable, items: Sequence, sizes: list[int], limit: int, n_jobs: int, **options: Any) -> Iterator:
+def spread(function: Callable, items: Sequence, sizes: list[int], limit: int, n_jobs: int, **options: Any) -> Generator:
     """All entries of ``function(part)``, where the sizes of the items in a part sum to at most ``limit``.
 
     joblib, which gets the options, runs them in ``n_jobs`` processes (1: in this one), or where
@@ -184,8 +184,9 @@ def run_with_time_limit(
 
 
 def _answer_all(function: Callable, time_limit_s: float, tasks: Sequence[tuple]) -> list[Any]:
-    context, results = multiprocessing.get_context(START), []
-    multiprocessing.current_process()._config["daemon"] = False  # a Dask worker is one, and those may have no children
+    context, results = multiprocessing.get_context(START), list[Any]()
+    process: Any = multiprocessing.current_process()
+    process._config["daemon"] = False  # a Dask worker is one, and those may have no children
     while rest := tasks[len(results) :]:
         with ProcessPoolExecutor(1, context, _start_child) as pool:
             with _starting:  # else a child of another thread keeps pipes open whose end tells of a death
@@ -200,7 +201,8 @@ def _answer_all(function: Callable, time_limit_s: float, tasks: Sequence[tuple])
 
 def _start_child() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
-    Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()  # no orphans
+    parent: Any = multiprocessing.parent_process()
+    Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()  # no orphans
 
 
 def _answer(function: Callable, time_limit_s: float, task: tuple) -> Any:
@@ -264,7 +266,7 @@ def evaluate_csp(
     return summarise(table), table
 
 
-def _check_input(references: list, predictions: list[list], index: pd.Index) -> None:
+def _check_input(references: Sequence, predictions: Sequence[Sequence], index: pd.Index) -> None:
     if not references:
         raise ValueError("references is empty, expected at least one structure")
     for name, given in (("predictions", predictions), ("material_ids", index)):
@@ -281,10 +283,10 @@ def _check_input(references: list, predictions: list[list], index: pd.Index) -> 
             raise ValueError(f"found a {type(structure).__name__}, expected a pymatgen Structure")
 
 
-def _row(reference: Structure, candidates: list[Structure | None], pool: list[list]) -> dict[str, Any]:
+def _row(reference: Structure, candidates: Sequence[Structure | None], pool: list[list]) -> dict[str, Any]:
     own = [result or PairScore() for result in pool[0]]
     rms, formula = np.array([score.rms for score in own]), reference.composition.reduced_formula
-    valid = [s.valid and is_charge_neutral(candidate.formula) for s, candidate in zip(own, candidates, strict=True)]
+    valid = [c is not None and s.valid and is_charge_neutral(c.formula) for c, s in zip(candidates, own, strict=True)]
     present = [candidate for candidate in candidates if candidate is not None]
     best = int(np.nanargmin(rms)) if np.isfinite(rms).any() else -1
     return {

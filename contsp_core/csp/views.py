@@ -52,10 +52,11 @@ def import_nglview() -> ModuleType:
         raise ImportError("nglview is not installed, expected it for a view to turn by hand")
     if "nglview" not in sys.modules and version is not None:
         name = "nglview._frontend"  # holds the version; read when nglview defines its widgets
-        frontend = importlib.util.spec_from_file_location(name, Path(spec.origin).with_name("_frontend.py"))
-        sys.modules[name] = importlib.util.module_from_spec(frontend)
-        frontend.loader.exec_module(sys.modules[name])
-        sys.modules[name].__frontend_version__ = version
+        frontend: Any = importlib.util.spec_from_file_location(name, Path(str(spec.origin)).with_name("_frontend.py"))
+        module: Any = importlib.util.module_from_spec(frontend)
+        sys.modules[name] = module
+        frontend.loader.exec_module(module)
+        module.__frontend_version__ = version
     with capture_output():  # it displays an empty widget on its first import
         import nglview
 
@@ -104,7 +105,7 @@ def is_live() -> bool:
     """Whether someone sits at the notebook: a run by nbconvert, papermill or nbval cannot answer questions."""
     from IPython import get_ipython
 
-    request = getattr(get_ipython(), "get_parent", dict)()
+    request: dict[str, Any] = getattr(get_ipython(), "get_parent", dict)()
     return bool(request.get("content", {}).get("allow_stdin"))
 
 

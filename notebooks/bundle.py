@@ -1,0 +1,43 @@
+"""Take a trained checkpoint into ``data/checkpoints``, with its losses on validation crystals, its log and its card.
+
+``python notebooks/bundle.py runs/perov5.safetensors``; the log is thinned to a row in fifty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+from ablation import N_VALIDATION, validation_loss
+from model_card import model_card
+
+from contsp_core.checkpoints import CHECKPOINTS, load_model, read_settings, save_checkpoint
+from contsp_core.data import choose, load_split
+
+MADE_ANEW = ("energy", "sampling")  # by saving
+
+
+def bundle(trained: Path, folder: Path = CHECKPOINTS) -> Path:
+    """The bundled checkpoint; ``.csv`` and ``.md`` lie beside it."""
+    model, header = load_model(trained), read_settings(trained)
+    settings = {name: value for name, value in header.items() if name not in MADE_ANEW}
+    if model.noise_features is not None:
+        crystals = load_split(header["dataset"], "val").crystals.to(torch.float32)
+        crystals = crystals[choose(range(len(crystals)), N_VALIDATION)]
+        losses = validation_loss(model, crystals)
+        settings["validation_loss"] = {name: float(f"{value:.3g}") for name, value in losses.items()}
+    target = save_checkpoint(folder / trained.name, model, settings)
+    log = pd.read_csv(trained.with_suffix(".csv"))
+    log[log.index % 50 == 0].to_csv(target.with_suffix(".csv"), index=False, float_format="%.5g")
+    target.with_suffix(".md").write_text(model_card(target) + "\n", encoding="utf-8")
+    return target
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("trained", type=Path, nargs="+")
+    for path in parser.parse_args(sys.argv[1:]).trained:
+        print(bundle(path))
