@@ -32,13 +32,13 @@ class DiffusionConfig:
     """Sampling from high to low noise; the defaults were chosen on Perov-5 validation crystals."""
 
     n_steps: int = 300  # energy gradients in all
+    n_levels: int = 20  # of noise (or n_steps, if that is less); a step leads from each to the next
     noise_first: float | None = None  # Å, where to begin; the model's largest level if None
-    n_corrections: int = 14  # Langevin steps at each level before the step down
-    correction_step: float = 0.25  # η of these, in units of σ²
+    correction_step: float = 0.25  # η, in units of σ², of the other steps: Langevin dynamics at a level
     temperature: float = 0.5  # of these; at 1 the density is the learned one
 
     def __post_init__(self) -> None:
-        check_settings(self, n_corrections=(0, math.inf), temperature=(0, 1))
+        check_settings(self, temperature=(0, 1))
 
 
 @dataclass(frozen=True)
@@ -222,13 +222,12 @@ def _langevin(width: float, config: DiffusionConfig) -> _Step:
 
 def _schedule(energy: EnergyConfig, config: DiffusionConfig) -> list[tuple[float, _Step, _Step]]:
     """σ, step of the atoms (Å) and step of the strain of each move; the strain rests where its width is capped."""
-    n_levels = -(-config.n_steps // (1 + config.n_corrections))
+    n_levels = min(config.n_levels, config.n_steps)
     first, last = (math.log10(cast(float, x)) for x in (config.noise_first or energy.noise_max, energy.noise_min))
     sigmas = torch.cat([torch.logspace(first, last, n_levels, dtype=torch.float64), torch.zeros(1)])
     widths, steps = strain_width(energy, sigmas).tolist(), []
-    for (sigma, below), (width, next_width) in zip(pairwise(sigmas.tolist()), pairwise(widths), strict=True):
-        correction = _langevin(sigma, config), _langevin(width if next_width < width else 0.0, config)
-        steps += [(sigma, *correction)] * config.n_corrections + [
-            (sigma, _down(sigma, below), _down(width, next_width))
-        ]
-    return steps[-config.n_steps :]
+    for level, ((sigma, below), (width, next_width)) in enumerate(zip(pairwise(sigmas.tolist()), pairwise(widths))):
+        correction = (sigma, _langevin(sigma, config), _langevin(width if next_width < width else 0.0, config))
+        n_corrections = len(range(level, config.n_steps, n_levels)) - 1  # as many at each, or one more
+        steps += [correction] * n_corrections + [(sigma, _down(sigma, below), _down(width, next_width))]
+    return steps

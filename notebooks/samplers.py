@@ -31,10 +31,10 @@ SAMPLERS = {  # whether cells are those of like crystals or the paper's, and how
         True,
         AnnealConfig(proposal="strain", measure="invariant", cell_step_ratio=0.04),
     ),
-    "noise levels": (True, DiffusionConfig(n_corrections=0)),
-    "4 corrections a level": (True, DiffusionConfig(n_corrections=4, temperature=1.0)),
-    "14 corrections a level": (True, DiffusionConfig(n_corrections=14, temperature=1.0)),
-    "14 corrections a level, T = 0.5": (True, DiffusionConfig(n_corrections=14, temperature=0.5)),
+    "a level a gradient": (True, DiffusionConfig(n_levels=10_000)),
+    "60 levels": (True, DiffusionConfig(n_levels=60, temperature=1.0)),
+    "20 levels": (True, DiffusionConfig(n_levels=20, temperature=1.0)),
+    "20 levels, T = 0.5": (True, DiffusionConfig(n_levels=20, temperature=0.5)),
 }
 SCORES = {  # columns of the table and scores of one sample, the mean over all
     "match@1": "match_rate_random@1",

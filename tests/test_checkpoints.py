@@ -60,7 +60,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, config, dtype):
 
 
 @pytest.mark.parametrize(
-    ("config", "sampling"), [(SMALL, AnnealConfig(n_steps=7, proposal="strain")), (NOISY, DiffusionConfig(9, 0.2))]
+    ("config", "sampling"), [(SMALL, AnnealConfig(n_steps=7, proposal="strain")), (NOISY, DiffusionConfig(9, 3))]
 )
 def test_a_model_remembers_how_it_is_sampled(tmp_path, config, sampling):
     path = save_checkpoint(tmp_path / "model.safetensors", ContinuousCGCNN(config, sampling), {})
@@ -280,9 +280,9 @@ def test_the_card_of_a_bundled_checkpoint_is_its_header_printed(name):
     assert f"| energy.width | {settings['energy']['width']} |" in card
 
 
-@pytest.mark.parametrize(("name", "largest"), [("perov5", 0.22), ("mp20", 0.42), ("mpts52", 0.54)])
+@pytest.mark.parametrize(("name", "largest"), [("perov5", 0.08), ("mp20", 0.25), ("mpts52", 0.5)])
 def test_a_bundled_checkpoint_denoises_crystals_that_it_has_not_seen(data_dir, name, largest):
-    """At 0.3 Å, 64 validation crystals; a zero energy has 1. Weights in another order have more than 0.8."""
+    """At 0.3 Å, 64 validation crystals; a zero energy has 1. Weights in another order have more than 0.6."""
     split = load_split(name, "val")
     crystals = split.select(choose(range(len(split)), 64, seed=0)).crystals.to(torch.float32)
     losses, model = [], load_model(name)
@@ -291,4 +291,4 @@ def test_a_bundled_checkpoint_denoises_crystals_that_it_has_not_seen(data_dir, n
         losses.append(float(denoising_residual(model, crystals, sigma, rng).loss_positions.mean()))
         for parameter in model.parameters():
             parameter.copy_(parameter.flatten().roll(7).view_as(parameter))
-    assert losses[0] < largest < 0.8 < losses[1]
+    assert losses[0] < largest < 0.6 < losses[1]

@@ -245,10 +245,10 @@ def exact_moments(start: tuple[float, float], width: float, gain: float, noise_m
 
     Before each of these, Langevin steps y ← y − g ησ² y / (c² + gσ²) + √(2 g ησ² T) ξ.
     """
-    sigmas = [*np.geomspace(noise_max, 0.02, config.n_steps // (1 + config.n_corrections)), 0.0]
+    sigmas = [*np.geomspace(noise_max, 0.02, config.n_levels), 0.0]
     mean, variance = start
     for sigma, below in pairwise(sigmas):
-        for _ in range(config.n_corrections):
+        for _ in range(config.n_steps // config.n_levels - 1):
             moved = config.correction_step * sigma**2
             factor = 1 - gain * moved / (width**2 + gain * sigma**2)
             mean, variance = factor * mean, factor**2 * variance + 2 * gain * moved * config.temperature
@@ -263,11 +263,11 @@ def assert_gaussian(values: np.ndarray, mean: float, variance: float) -> None:
     assert stats.kstest((values - mean).ravel() / math.sqrt(variance), "norm").pvalue > 1e-3
 
 
-@pytest.mark.parametrize(("n_corrections", "temperature"), [(0, 1.0), (3, 1.0), (3, 0.5)])
-def test_sampling_a_gaussian_pair_of_atoms_gives_its_mean_and_variance(n_corrections, temperature):
+@pytest.mark.parametrize(("n_levels", "temperature"), [(60, 1.0), (15, 1.0), (15, 0.5)])
+def test_sampling_a_gaussian_pair_of_atoms_gives_its_mean_and_variance(n_levels, temperature):
     """x₂ − x₁ ~ N(r, c² + 2σ²) at level σ, in a cell that does not move; N(r, c²) if all noise is added back."""
     n_systems, width, noise_max, n_steps, offset = 500, 0.2, 0.4, 60, 0.3
-    config = DiffusionConfig(n_steps, n_corrections=n_corrections, temperature=temperature)
+    config = DiffusionConfig(n_steps, n_levels, temperature=temperature)
     bond = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
 
     def deviation(crystals: Crystals) -> Tensor:
@@ -292,7 +292,7 @@ def test_sampling_a_gaussian_pair_of_atoms_gives_its_mean_and_variance(n_correct
     mean, expected = exact_moments((offset, variance), width, 2, noise_max, config)
     assert seen == list(range(n_steps))
     assert_gaussian(deviation(found).numpy(), mean, expected)
-    if n_corrections == 0:  # the steps are nearly fine enough
+    if n_levels == n_steps:  # the steps are nearly fine enough
         assert expected == pytest.approx(width**2, rel=0.15) and abs(mean) < 0.3 * width
 
 
@@ -310,7 +310,7 @@ def test_sampling_a_gaussian_volume_gives_its_mean_and_variance():
         np.array([[1, 0, 0], [0.1, 1.1, 0], [0.2, 0.3, 1.3]]) / 1.43 ** (1 / 3) * np.exp(log_volume / 3)[:, None, None]
     )
     crystals = Crystals.from_arrays(cells, np.zeros((n_systems, 3)), [[1]] * n_systems, torch.float64)
-    model, config = known_model(log_density, kappa, noise_max), DiffusionConfig(n_steps, n_corrections=0)
+    model, config = known_model(log_density, kappa, noise_max), DiffusionConfig(n_steps, n_steps)
     found = reverse_diffusion(model, crystals, config, generator())
     _, expected = exact_moments((0.0, variance), width, 3 * kappa**2, noise_max, config)
     assert_gaussian(found.volume.log().numpy() - centre, 0.0, expected)
@@ -327,7 +327,7 @@ def test_a_capped_strain_does_not_move_the_cell_until_the_levels_fall_below_the_
     start = centre + math.sqrt(width**2 + 3 * cap**2) * np.random.default_rng(0).standard_normal(n_systems)
     cells = np.eye(3) * np.exp(start / 3)[:, None, None]
     crystals = Crystals.from_arrays(cells, np.zeros((n_systems, 3)), [[1]] * n_systems, torch.float64)
-    model, config = known_model(log_density, kappa, 1.0, cap), DiffusionConfig(80, n_corrections=0)
+    model, config = known_model(log_density, kappa, 1.0, cap), DiffusionConfig(80, 80)
     volumes: list[np.ndarray] = []
     reverse_diffusion(model, crystals, config, generator(), lambda _, c: volumes.append(c.volume.log().numpy()))
     sigmas = np.geomspace(1.0, 0.02, 80)
@@ -345,13 +345,13 @@ def test_sampling_goes_through_the_noise_levels_from_the_first_one(noise_first, 
         seen.append(sigma)
         return crystals.volume * 0
 
-    config = DiffusionConfig(5, noise_first=noise_first, n_corrections=0)
+    config = DiffusionConfig(5, noise_first=noise_first)
     reverse_diffusion(known_model(log_density, 0.1, 1.0), small_crystals(), config, generator())
     np.testing.assert_allclose(seen, np.geomspace(expected, 0.02, 5), rtol=1e-5)
 
 
-@pytest.mark.parametrize("n_steps", [12, 11])
-def test_at_each_level_corrections_come_before_the_step_down(n_steps):
+@pytest.mark.parametrize(("n_steps", "steps_each"), [(12, (4, 4, 4)), (11, (4, 4, 3)), (2, (1, 1))])
+def test_at_each_level_corrections_come_before_the_step_down(n_steps, steps_each):
     seen: list[float] = []
 
     def log_density(crystals: Crystals, sigma: float) -> Tensor:
@@ -359,8 +359,8 @@ def test_at_each_level_corrections_come_before_the_step_down(n_steps):
         return crystals.volume * 0
 
     model = known_model(log_density, 0.1, 1.0)
-    reverse_diffusion(model, small_crystals(), DiffusionConfig(n_steps, n_corrections=3), generator())
-    np.testing.assert_allclose(seen, np.repeat(np.geomspace(1.0, 0.02, 3), 4)[-n_steps:], rtol=1e-5)
+    reverse_diffusion(model, small_crystals(), DiffusionConfig(n_steps, 3), generator())
+    np.testing.assert_allclose(seen, np.repeat(np.geomspace(1.0, 0.02, len(steps_each)), steps_each), rtol=1e-5)
 
 
 @pytest.mark.parametrize("n_steps", [1, 2, 3])
@@ -372,7 +372,7 @@ def test_a_chain_however_short_ends_with_a_step_to_clean_crystals(n_steps):
         return crystals.volume * 0
 
     model = known_model(log_density, 0.1, 1.0)
-    reverse_diffusion(model, small_crystals(), DiffusionConfig(n_steps, n_corrections=0), generator())
+    reverse_diffusion(model, small_crystals(), DiffusionConfig(n_steps, n_steps), generator())
     assert len(seen) == n_steps and seen[0] == 1
     assert n_steps == 1 or seen[-1] == pytest.approx(0.02)
 
@@ -380,7 +380,7 @@ def test_a_chain_however_short_ends_with_a_step_to_clean_crystals(n_steps):
 def test_at_temperature_zero_only_the_steps_down_are_random():
     """Of one level there is one step down, to the mean of the clean crystals."""
     model, crystals = small_model(NOISY), small_crystals()
-    still = DiffusionConfig(4, temperature=0.0, n_corrections=3)
+    still = DiffusionConfig(4, 1, temperature=0.0)
     results = [reverse_diffusion(model, crystals, still, generator(s)) for s in (0, 1)]
     assert torch.equal(results[0].positions, results[1].positions)
     different = [reverse_diffusion(model, crystals, DiffusionConfig(4), generator(s)) for s in (0, 1)]

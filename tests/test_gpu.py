@@ -76,7 +76,7 @@ def test_chains_draw_the_same_numbers_and_take_the_same_decisions(proposal: str)
 def test_noise_levels():
     crystals = random_batch()
     here, there = on_both(small_model(NOISY).eval())
-    config = DiffusionConfig(12, n_corrections=2)
+    config = DiffusionConfig(12, 4)
     ours = reverse_diffusion(there, crystals.to(DEVICE), config, generators(crystals.n_systems))
     expected = reverse_diffusion(here, crystals, config, generators(crystals.n_systems))
     torch.testing.assert_close(ours.positions.cpu(), expected.positions, rtol=1e-6, atol=1e-6)

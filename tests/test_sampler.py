@@ -102,9 +102,7 @@ def test_a_model_is_sampled_as_its_settings_say():
     assert sampling_config(small_model(SMALL)) == AnnealConfig()
     model = small_model(NOISY)
     assert sampling_config(model) == DiffusionConfig()
-    assert sampling_config(ContinuousCGCNN(NOISY, DiffusionConfig(7, n_corrections=2))) == DiffusionConfig(
-        7, n_corrections=2
-    )
+    assert sampling_config(ContinuousCGCNN(NOISY, DiffusionConfig(7, 2))) == DiffusionConfig(7, 2)
 
 
 def test_progress_is_shown_on_request(model, capsys):

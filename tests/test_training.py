@@ -281,12 +281,12 @@ def test_a_hundred_updates_lower_the_denoising_loss_on_the_prototypes():
 
 
 def test_the_bundled_prototypes_denoise_their_training_crystals():
-    """0.40 at its last update; a zero energy has 1."""
+    """A zero energy has 1, and so have about weights in another order."""
     crystals, model = load_split("prototypes", "train").crystals.to(torch.float32), load_model("prototypes")
-    assert denoising_loss(model, crystals) < 0.45
-    with torch.no_grad():  # a checkpoint with its numbers in disorder is found out
-        weight = model.conv_layers[1].lin2.weight
-        weight.copy_(weight.flatten()[torch.randperm(weight.numel(), generator=make_rng())].view_as(weight))
+    assert denoising_loss(model, crystals) < 0.3
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.flatten().roll(7).view_as(parameter))
     assert denoising_loss(model, crystals) > 0.6
 
 
