@@ -269,18 +269,18 @@ class Split(Sequence["Structure"]):
     def load(cls, path: str | os.PathLike[str], name: str, split: str) -> Split:
         """Read what :meth:`save` wrote; a ValueError tells of a file that is damaged, foreign, or of another format."""
         content = io.BytesIO(Path(path).read_bytes())
-        # zip, zlib, header and key errors alike mean: not such a file
-        with retold(f"{path} is not a split written by Split.save", Exception):
+        with retold(f"{path} is not a split written by Split.save", Exception):  # of zip, zlib, header, keys or lengths
             with np.load(content, allow_pickle=False) as file:
                 header = json.loads(str(file["header"]))
                 crystals = Crystals(*(torch.from_numpy(file[name]) for name in Crystals.__dataclass_fields__))
                 columns = {key.removeprefix("column:"): file[key] for key in file.files if key.startswith("column:")}
-            reasons = [*_bad_ids(header["material_ids"]).values()]
+            ids, skipped = [*header["material_ids"]], tuple((str(row), str(why)) for row, why in header["skipped"])
+            source = Source(str(header["path"]), header["blob_id"], header["blob_id"] == _official_blob(name, split))
+            lengths = {len(ids), *(column.shape[0] for column in columns.values())} - {len(crystals)}
+            reasons = [*_bad_ids(ids).values(), *(f"length {n}, expected {len(crystals)}" for n in lengths)]
             if header["format"] != FORMAT or reasons:
                 raise ValueError(*reasons[:1] or [f"format {header['format']}, expected {FORMAT}"])
-        source = Source(header["path"], header["blob_id"], header["blob_id"] == _official_blob(name, split))
-        skipped = tuple(map(tuple, header["skipped"]))
-        return cls(name, split, header["material_ids"], crystals, source, columns, skipped)
+        return cls(name, split, ids, crystals, source, columns, skipped)
 
 
 def parse_formula(text: str) -> list[int]:

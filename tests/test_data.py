@@ -6,6 +6,7 @@ import csv
 import gc
 import gzip
 import io
+import json
 import logging
 import os
 import subprocess
@@ -596,3 +597,16 @@ def test_cells_agree_with_a_fresh_pymatgen_parse() -> None:
         moved = split.crystals[index].positions.numpy() - expected.cart_coords
         assert np.abs(moved).max() < 1e-10
         assert expected.atomic_numbers == split[index].atomic_numbers
+
+
+@pytest.mark.parametrize("name", ["path", "blob_id", "skipped"])
+def test_a_saved_split_without_a_header_entry_is_refused(tmp_path, name):
+    path = tmp_path / "a.npz"
+    load_split("prototypes", "train")[:2].save(path)
+    with np.load(path) as file:
+        arrays = {key: file[key] for key in file.files}
+    header = json.loads(str(arrays["header"]))
+    del header[name]
+    np.savez(path, **arrays | {"header": np.array(json.dumps(header))})
+    with pytest.raises(ValueError, match="not a split written"):
+        Split.load(path, "prototypes", "train")
