@@ -88,6 +88,8 @@ def plot_samplers(table: pd.DataFrame) -> Figure:
             for (name, part), color in zip(table[table["data set"] == dataset].groupby("sampler", sort=False), COLORS):
                 ax.semilogx(part["gradients"], part[column], "o-", ms=3, color=color, label=name)
             ax.set(xlabel="gradients a sample", ylabel=f"{label}, {dataset}", ylim=(0, None))
+            ax.set_xticks(part["gradients"], part["gradients"])
+            ax.minorticks_off()
     figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7, frameon=False)
     return figure
 
