@@ -29,7 +29,7 @@ LARGEST_STRAIN = 0.5  # of one sampling step; a trained energy does not reach it
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """Sampling from high to low noise; the defaults were chosen on Perov-5 validation crystals."""
+    """Sampling from high to low noise; the defaults were chosen on validation crystals of Perov-5 and MP-20."""
 
     n_steps: int = 300  # energy gradients in all
     n_levels: int = 20  # of noise (or n_steps, if that is less); a step leads from each to the next

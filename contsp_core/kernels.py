@@ -311,9 +311,10 @@ def _message_kernels(D: int, V: int) -> tuple[Callable[..., None], Callable[...,
 
 class _MessageSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, b, table, distance, weight, direction, n_vectors, inverse_spacing, edges):
+    def forward(ctx, a, b, table, *of_edges):
+        *geometry, n_vectors, inverse_spacing, edges = of_edges
         forward, ctx.kernel = _message_kernels(a.shape[1] // 2, n_vectors)
-        tensors = (a, b, table, distance, weight, direction, edges.graph.source, edges.graph.target)
+        tensors = (a, b, table, *geometry, edges.graph.source, edges.graph.target)
         arrays = [tensor.detach().contiguous().numpy() for tensor in tensors]
         arrays.append(arrays[0].dtype.type(inverse_spacing))
         out = np.zeros((len(a), a.shape[1] // 2 + 3 * n_vectors), arrays[0].dtype)
