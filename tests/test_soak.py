@@ -48,6 +48,13 @@ def asked_for(request: pytest.FixtureRequest) -> None:
         pytest.skip("takes more than an hour: make soak, or -m soak")
 
 
+@pytest.fixture(autouse=True)
+def environment_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fuzzer points the data folder to its own files; other tests must not find them."""
+    for name in ("CONTSP_DATA_DIR", "CONTSP_CACHE_DIR"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # recorded, and put back after the test
+
+
 @dataclass
 class Watch:
     """What a sampler does, checked after every step of a batch."""
