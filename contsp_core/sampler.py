@@ -138,6 +138,7 @@ def sample_structures(
     seed: int = 0,
     device: str | torch.device | None = None,
     *,
+    first: int = 0,
     batch_atoms: int | None = None,
     progress: bool = False,
 ) -> list[list[Structure]]:
@@ -153,6 +154,7 @@ def sample_structures(
         n_steps: length of the chains; by default as the model's settings say.
         seed: the same seed on the same machine gives the same structures.
         device: where to run; by default where the model is.
+        first: number of the first sample, to go on where an earlier call stopped.
         batch_atoms: atoms that move together, at about 20 kB each with the compiled kernels
             and 1 to 2 MB without; by default 8192, or 1024 on a CPU without the kernels.
         progress: show a progress bar of chain steps.
@@ -167,9 +169,9 @@ def sample_structures(
 
     from contsp_core.data import resolve_species
 
-    given = {"n_samples": n_samples, "n_steps": n_steps, "batch_atoms": batch_atoms, "seed": seed}
+    given = {"n_samples": n_samples, "n_steps": n_steps, "batch_atoms": batch_atoms, "seed": seed, "first": first}
     for name, value in given.items():
-        least = 0 if name == "seed" else 1
+        least = 0 if name in ("seed", "first") else 1
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ValueError(f"{name} is {value!r}, expected an integer ≥ {least}")
     entries = [tuple(sorted(numbers)) for numbers in resolve_species(species)]
@@ -177,7 +179,8 @@ def sample_structures(
     config = config if n_steps is None else replace(config, n_steps=n_steps)
     if device is not None:
         model = copy.deepcopy(model).to(device)
-    chains = [(numbers, n) for numbers in sorted(set(entries), key=lambda e: (len(e), e)) for n in range(n_samples)]
+    numbered = range(first, first + n_samples)
+    chains = [(numbers, n) for numbers in sorted(set(entries), key=lambda e: (len(e), e)) for n in numbered]
     plain = not model.use_kernels and next(model.parameters()).device.type == "cpu"
     batches = pack([len(numbers) for numbers, _ in chains], batch_atoms or (1024 if plain else 8192))
     found: dict[tuple[int, ...], list[Structure]] = {numbers: [] for numbers in entries}

@@ -1,14 +1,12 @@
-"""What the prediction notebook adds: candidates beside known crystals, and as CIF files."""
+"""What the prediction notebook adds: candidates beside known crystals."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import pandas as pd
 from pymatgen.core import Structure
-from pymatgen.io.cif import CifWriter
 
 from contsp_core.crystals import reduce_species
 from contsp_core.csp.candidates import space_group
@@ -46,19 +44,3 @@ def compare_with_known(structures: Sequence[Structure], known: Mapping[str, Stru
         rows[name] = {"space group": space_group(reference), "rank": rank, "rms": rms.min()}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["space group", "rank", "rms"])
     return table.astype({"rank": "Int64", "rms": float}).rename_axis("known crystal")
-
-
-def write_cifs(structures: Sequence[Structure], folder: str | Path) -> list[Path]:
-    """One CIF a structure, exactly as predicted (P1): ``01_NaCl.cif``, ``02_NaCl.cif``, … in the order given.
-
-    Files that an earlier call left in the folder are replaced.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("[0-9][0-9]_*.cif"):
-        old.unlink()
-    paths = []
-    for rank, structure in enumerate(structures, start=1):
-        paths.append(folder / f"{rank:02d}_{structure.composition.reduced_formula}.cif")
-        paths[-1].write_text(str(CifWriter(structure)))
-    return paths

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from predictions import compare_with_known, known_crystals, write_cifs
+from predictions import compare_with_known, known_crystals
 from pymatgen.core import Composition, Lattice, Structure
 
 from contsp_core import load_model
@@ -17,12 +17,12 @@ from contsp_core.csp.candidates import (
     SOURCES,
     TemplateLibrary,
     descend,
-    describe_structures,
+    describe,
     element_distances,
-    gather_candidates,
     make_candidates,
     rank_distinct,
     relax,
+    shortest_distance,
     standardise,
     with_energies,
 )
@@ -221,51 +221,55 @@ def test_a_short_chain_stays_near_its_start_at_low_noise_only(model):
     assert changes[0] < changes[1]
 
 
-def test_gathered_candidates_are_at_the_bottom_of_their_wells_and_say_where_they_come_from(model, library):
-    found = gather_candidates(model, "NaCl", 2, n_steps=5, library=library)
-    assert [structure.properties["source"] for structure in found] == ["chains"] * 2 + ["templates"] * 2
-    again = with_energies(model, descend(model, found, 20))
-    fall = [a.properties["energy"] - b.properties["energy"] for a, b in zip(found, again)]
-    assert np.all(np.array(fall) < 0.02)
-    (other,) = gather_candidates(model, "NaCl", 1, n_steps=5)
-    assert other.properties["energy"] == pytest.approx(found[0].properties["energy"], abs=1e-3)
-
-
 # Distinct, described, kept
 
 
-def test_each_solid_is_kept_once_with_its_lowest_energy(candidates):
-    kept, counts = rank_distinct(candidates)
-    assert [structure.properties["energy"] for structure in kept] == [-1.0, -0.5]
-    assert counts == [3, 1]
+def energies(groups):
+    return [[structure.properties["energy"] for structure in group] for group in groups]
+
+
+def test_equal_crystals_are_grouped_whatever_their_cell_the_lowest_energy_first(candidates):
+    groups = rank_distinct(candidates)
+    assert [group[0] for group in energies(groups)] == [-1.0, -0.5]
+    assert [len(group) for group in groups] == [3, 1]
+    assert all(group == sorted(group) for group in energies(groups))
+    assert energies(rank_distinct(candidates, n_best=1)) == energies(groups)[:1]
 
 
 def test_description_agrees_with_the_handbook(candidates):
-    kept, counts = rank_distinct(candidates)
-    table = describe_structures(kept, counts)
+    table = describe(rank_distinct(candidates))
     assert table["space group"].tolist() == ["Fm-3m (225)", "Pm-3m (221)"]
     assert table.loc[1, ["a", "b", "c"]].tolist() == pytest.approx([5.64] * 3, abs=1e-3)
     assert table.loc[1, ["α", "β", "γ"]].tolist() == pytest.approx([90] * 3, abs=1e-3)
     assert table.loc[1, "density"] == pytest.approx(2.16, abs=0.01)  # halite, g/cm³
     assert table.loc[1, "V/atom"] == pytest.approx(5.64**3 / 8)
+    assert table.loc[1, "shortest"] == pytest.approx(5.64 / 2)
     assert table["found"].tolist() == [3, 1]
+    assert "chains" not in table
+
+
+def test_description_counts_what_each_source_found_and_shows_symmetry_at_three_tolerances(candidates):
+    bent = ROCK_SALT.copy()
+    bent.translate_sites(0, [0.02, 0.01, 0], frac_coords=False)
+    bent.properties |= {"energy": 0.0, "source": "chains"}
+    other = bent.copy()
+    other.properties = {"energy": 0.0, "source": "templates"}
+    table = describe([[bent, other, other]])
+    assert table.loc[1, ["found", "chains", "templates"]].tolist() == [3, 1, 2]
+    assert table.loc[1, "at 0.01 Å"] != table.loc[1, "space group"] == "Fm-3m (225)" == table.loc[1, "at 0.3 Å"]
+
+
+@pytest.mark.parametrize("edge", [2.0, 2.5])
+def test_shortest_distance_may_be_that_of_an_atom_and_its_own_image(edge):
+    needle = Structure(Lattice.orthorhombic(edge, 9, 9), ["Na"], [[0, 0, 0]])
+    assert shortest_distance(needle) == pytest.approx(edge)
+    assert shortest_distance(needle.make_supercell([3, 1, 1], in_place=False)) == pytest.approx(edge)
 
 
 def test_standard_cell_is_the_conventional_one_and_keeps_the_energy():
     standard = standardise(with_energy(ROCK_SALT.get_primitive_structure(), 2.0))
     assert len(standard) == 8
     assert standard.properties["energy"] == 2.0
-
-
-def test_files_hold_the_structures_and_replace_older_ones(candidates, tmp_path):
-    write_cifs(candidates, tmp_path)
-    paths = write_cifs(candidates[1:3], tmp_path)
-    assert [path.name for path in paths] == ["01_NaCl.cif", "02_NaCl.cif"]
-    assert sorted(tmp_path.iterdir()) == paths
-    for path, structure in zip(paths, candidates[1:3]):
-        read = Structure.from_file(path)
-        assert read.composition == structure.composition
-        assert read.volume == pytest.approx(structure.volume, rel=1e-6)
 
 
 def test_known_crystals_are_found_in_their_split_and_the_closest_candidate_is_named():
@@ -287,8 +291,6 @@ def test_known_crystals_are_found_in_their_split_and_the_closest_candidate_is_na
         (lambda m: make_candidates("start", [[NA]], 1, 0), "model is None, expected one for source 'start'"),
         (lambda m: make_candidates("templates", [[NA]], 1, 0), "library is None"),
         (lambda m: make_candidates("start", [[NA]], 0, 0, model=m), "n_samples is 0, expected ≥ 1"),
-        (lambda m: gather_candidates(m, "NaXx"), "Xx"),
-        (lambda m: gather_candidates(m, "NaCl", 0), "n_samples is 0"),
         (lambda m: rank_distinct([]), "expected ≥ 1 structure"),
         (lambda m: rank_distinct([ROCK_SALT]), r"properties\['energy'\]"),
         (lambda m: TemplateLibrary([]), "training is empty"),

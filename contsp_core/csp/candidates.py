@@ -24,7 +24,6 @@ from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
 
 from contsp_core.crystals import Crystals, Rngs, fit_atomic_volumes, keyed_rng, pack
 from contsp_core.csp.metrics import is_valid_structure, run_with_time_limit
-from contsp_core.data import parse_formula
 from contsp_core.diffusion import DiffusionConfig
 from contsp_core.energy import ContinuousCGCNN, energy_and_gradient, strain_gradient
 from contsp_core.lattice import apply_strain, niggli
@@ -259,45 +258,18 @@ def _descend(energy: Callable[[Crystals], Tensor], crystals: Crystals, n_steps: 
     return crystals
 
 
-def gather_candidates(
-    model: ContinuousCGCNN,
-    formula: str,
-    n_samples: int = 20,
-    n_steps: int | None = None,
-    seed: int = 0,
-    library: TemplateLibrary | None = None,
-) -> list[Structure]:
-    """Candidates for one formula at the bottom of their wells, with their energy and source in ``properties``.
+def rank_distinct(
+    structures: Sequence[Structure], n_best: int | None = None, time_limit_s: float = 10.0, n_jobs: int = 1
+) -> list[list[Structure]]:
+    """Groups of structures that are the same crystal, each sorted by energy, and so are the groups by their best.
+
+    Structures in which atoms overlap (closer than 0.5 Å) are dropped. Two are the same if ``StructureMatcher`` says so
+    at its default tolerances (0.2, 0.3, 5°), whatever their volume and cell; each joins the group with the lowest
+    energy whose best one it matches. A comparison that exceeds the time limit (s) counts as different.
 
     Args:
-        model: from :func:`contsp_core.load_model`.
-        formula: content of the cell.
-        n_samples: chains; and as many templates, if there are so many.
-        n_steps: length of a chain; by default as the checkpoint says.
-        seed: of all that is random.
-        library: if given, templates that followed the last noise levels join the chains.
-    """
-    species, options = [parse_formula(formula)], dict[str, Any](model=model, library=library)
-    made = {"chains": make_candidates("chains", species, n_samples, seed, n_steps=n_steps, **options)[0]}
-    if library is not None:
-        made["templates"] = make_candidates("templates_relaxed", species, n_samples, seed, **options)[0]
-    pairs = [(source, structure) for source, part in made.items() for structure in part if structure is not None]
-    found = with_energies(model, descend(model, [structure for _, structure in pairs], N_DESCENT))
-    for (source, _), structure in zip(pairs, found, strict=True):
-        structure.properties["source"] = source
-    return found
-
-
-def rank_distinct(
-    structures: Sequence[Structure], time_limit_s: float = 10.0, n_jobs: int = 1
-) -> tuple[list[Structure], list[int]]:
-    """Sort by energy, drop structures with overlapping atoms, and keep one of each group that matches.
-
-    Two structures are the same if ``StructureMatcher`` says so at its default tolerances (0.2, 0.3, 5°); of each group
-    the one of lowest energy is kept. A comparison that exceeds the time limit (s) counts as different.
-
-    Returns:
-        The structures kept, lowest energy first, and how many of the structures given each stands for.
+        structures: each with ``properties["energy"]``.
+        n_best: groups returned at most; structures beyond them are not compared with each other.
 
     Raises:
         ValueError: if nothing was given or a structure has no ``properties["energy"]``.
@@ -305,16 +277,14 @@ def rank_distinct(
     if not structures or any("energy" not in structure.properties for structure in structures):
         raise ValueError("structures is empty or one has no properties['energy'], expected ≥ 1 structure, all with it")
     valid = [structure for structure in structures if is_valid_structure(structure, charge_neutrality=False)]
-    ordered = sorted(valid, key=lambda structure: structure.properties["energy"])
-    pairs = list(itertools.combinations(range(len(ordered)), 2))
-    tasks = [(ordered[first], ordered[second]) for first, second in pairs]
-    found = run_with_time_limit(_is_same, tasks, n_jobs, time_limit_s, "comparing", False)
-    same = {pair for pair, answer in zip(pairs, found) if answer}
-    counts: dict[int, int] = {}
-    for index in range(len(ordered)):
-        leader = next((kept for kept in counts if (kept, index) in same), index)
-        counts[leader] = counts.get(leader, 0) + 1
-    return [ordered[index] for index in counts], list(counts.values())
+    rest = sorted(valid, key=lambda structure: structure.properties["energy"])
+    groups: list[list[Structure]] = []
+    while rest and len(groups) != n_best:
+        tasks = [(rest[0], other) for other in rest[1:]]
+        same = [True, *map(bool, run_with_time_limit(_is_same, tasks, n_jobs, time_limit_s, progress=False))]
+        groups.append(list(itertools.compress(rest, same)))
+        rest = [structure for structure, matches in zip(rest, same) if not matches]
+    return groups
 
 
 def _is_same(first: Structure, second: Structure) -> bool:
@@ -347,26 +317,34 @@ def _ask_spglib(structure: Structure, symprec: float, question: Callable[[Spaceg
             return None
 
 
-def describe_structures(
-    structures: Sequence[Structure], counts: Sequence[int] | None = None, symprec: float = 0.1
-) -> pd.DataFrame:
-    """One row a structure, in the order given: energy, space group, density and conventional cell.
-
-    Args:
-        structures: each with ``properties["energy"]``.
-        counts: how many samples each stands for, by default 1.
-        symprec: tolerance of the space group, Å.
+def describe(groups: Sequence[Sequence[Structure]]) -> pd.DataFrame:
+    """One row a crystal, from :func:`rank_distinct`: energy, how often it was found, symmetry, density and cell.
 
     Returns:
-        Columns ``energy`` (dimensionless), ``source`` (of the one kept), ``found`` (times), ``space group``,
-        ``density`` (g/cm³), ``V/atom`` (Å³), ``a``, ``b``, ``c`` (Å), ``α``, ``β``, ``γ`` (degrees); the index ``rank``
-        starts at 1.
+        Columns ``energy`` (dimensionless), ``found`` (times) and, if the structures name their source, how often each
+        source found it, ``space group`` (spglib, at 0.1 Å) and those at 0.01 and 0.3 Å, ``atoms`` (of the cell found),
+        ``density`` (g/cm³), ``V/atom`` (Å³), ``shortest`` distance of two atoms (Å), and of the conventional cell
+        ``a``, ``b``, ``c`` (Å), ``α``, ``β``, ``γ`` (degrees); the index ``rank`` starts at 1.
     """
+    sources = sorted({structure.properties.get("source", "") for group in groups for structure in group} - {""})
     rows = []
-    for structure, count in zip(structures, counts or [1] * len(structures), strict=True):
-        lattice = standardise(structure, symprec).lattice
-        row = {"energy": structure.properties["energy"], "source": structure.properties.get("source", "")}
-        row |= {"found": count, "space group": space_group(structure, symprec), "density": float(structure.density)}
-        row |= {"V/atom": structure.volume / len(structure)}
-        rows.append(row | dict(zip(("a", "b", "c", "α", "β", "γ"), lattice.parameters)))
+    for group in groups:
+        best, made_by = group[0], [structure.properties.get("source") for structure in group]
+        row = {"energy": best.properties["energy"], "found": len(group)}
+        row |= {source: made_by.count(source) for source in sources}
+        row |= {
+            "space group": space_group(best),
+            "at 0.01 Å": space_group(best, 0.01),
+            "at 0.3 Å": space_group(best, 0.3),
+        }
+        row |= {"atoms": len(best), "density": float(best.density), "V/atom": best.volume / len(best)}
+        row |= {"shortest": shortest_distance(best)}
+        rows.append(row | dict(zip(("a", "b", "c", "α", "β", "γ"), standardise(best).lattice.parameters)))
     return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="rank"))
+
+
+def shortest_distance(structure: Structure) -> float:
+    """Between two atoms of a crystal, images included, Å."""
+    distances = structure.distance_matrix
+    np.fill_diagonal(distances, min(structure.lattice.get_niggli_reduced_lattice().abc))
+    return float(distances.min())

@@ -1,0 +1,1 @@
+"""What a user types and takes along: predictions, other calculators, films, the command line."""

@@ -1,0 +1,144 @@
+"""The learned energy as an ASE calculator, and any ASE calculator as a judge of candidates.
+
+Nothing but ASE is imported here: a potential is named by its user, such as ``chgnet.model.dynamics:CHGNetCalculator``.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from ase import Atoms
+from ase.calculators.calculator import BaseCalculator, Calculator, all_changes
+from ase.filters import FrechetCellFilter
+from ase.optimize import FIRE
+from ase.stress import full_3x3_to_voigt_6_stress
+from pymatgen.core import Lattice, Structure
+
+from contsp_core.crystals import Crystals
+from contsp_core.data import one_line, retold
+from contsp_core.energy import energy_and_gradient, strain_gradient
+
+if TYPE_CHECKING:
+    from contsp_core.energy import ContinuousCGCNN
+
+
+class ContinuousCalculator(Calculator):
+    """The learned energy for everything that ASE does: optimisers, filters, dynamics, the audit.
+
+    The learned energy E is per atom and dimensionless. ASE expects an extensive energy, so ``energy`` is n_atoms · E;
+    ``forces`` (Å⁻¹) are minus its gradient, ``stress`` (Å⁻³) its derivative by the strain divided by the volume. With
+    noise levels E is read at the model's ``noise_default``. All is computed in float64, by a copy of the model.
+
+    Args:
+        model: from :func:`contsp_core.load_model`.
+
+    A ValueError tells of atoms that are not periodic in all directions.
+    """
+
+    def __init__(self, model: ContinuousCGCNN, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.implemented_properties = ["energy", "free_energy", "forces", "stress"]
+        self.model = copy.deepcopy(model).double().eval().requires_grad_(False)
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = tuple(all_changes),
+    ) -> None:
+        """All properties of the atoms, into ``results``, as ASE asks for it."""
+        super().calculate(atoms, properties, system_changes)
+        unit = cast(Atoms, self.atoms)
+        if not unit.pbc.all():
+            raise ValueError(f"atoms.pbc is {unit.pbc.tolist()}, expected True in all three directions")
+        crystals = Crystals.from_arrays(unit.cell.array[None], unit.positions, [unit.numbers], torch.float64)
+        crystals = crystals.to(next(self.model.parameters()).device)
+        value, *gradient = energy_and_gradient(self.model, crystals)
+        strain = strain_gradient(crystals, *gradient)[0]
+        energy, forces = len(unit) * float(value), -len(unit) * gradient[1]
+        stress = (len(unit) / unit.get_volume() * (strain + strain.T) / 2).cpu().numpy()
+        self.results = {"energy": energy, "free_energy": energy, "forces": forces.cpu().numpy()}
+        self.results["stress"] = full_3x3_to_voigt_6_stress(stress)
+
+
+def load_calculator(name: str) -> BaseCalculator:
+    """An ASE calculator by name, made without arguments; this runs the code of the module named.
+
+    Args:
+        name: ``module:Class``, such as ``ase.calculators.emt:EMT``; a function that returns a calculator will do.
+
+    Raises:
+        ValueError: if the name has another form, nothing is found there, or what it makes is not an ASE calculator.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not (module_name and attribute):
+        raise ValueError(f"calculator is {name!r}, expected module:Class, such as ase.calculators.emt:EMT")
+    with retold(f"calculator {name!r}: module {module_name!r} cannot be imported", Exception):
+        module = importlib.import_module(module_name)
+    if not callable(make := getattr(module, attribute, None)):
+        raise ValueError(f"calculator {name!r}: module {module_name!r} has no class {attribute!r}")
+    with retold(f"calculator {name!r}: {attribute}() cannot be made without arguments", Exception):
+        calculator = make()
+    if not isinstance(calculator, BaseCalculator):
+        raise ValueError(f"calculator {name!r}: {attribute}() is a {type(calculator).__name__}, not an ASE calculator")
+    return calculator
+
+
+def relax_and_rank(
+    structures: Sequence[Structure],
+    calculator: BaseCalculator,
+    n_best: int = 10,
+    max_steps: int = 200,
+    force_tolerance: float = 0.05,
+) -> list[Structure]:
+    """Relax the candidates of lowest learned energy, atoms and cell, with a calculator, and rank them by its energy.
+
+    Args:
+        structures: each with ``properties["energy"]``; they stay as they are.
+        calculator: any of ASE that knows energies, forces and stresses.
+        n_best: how many are relaxed.
+        max_steps: of the optimiser (FIRE), for each.
+        force_tolerance: largest force at which it stops, eV/Å; the stress counts as a force on the cell.
+
+    Returns:
+        Copies of all structures: first the relaxed ones, sorted by ``calculator_energy`` (eV/atom) in their properties
+        (``calculator_converged``: whether the tolerance was reached; ``energy`` is as before relaxing); then those on
+        which the calculator failed, unchanged, with the reason in ``calculator_error``; then those not tried.
+
+    Raises:
+        ValueError: if a structure has no energy, or an argument is out of range.
+    """
+    for argument, value, low in (("n_best", n_best, 1), ("max_steps", max_steps, 0)):
+        if value < low:
+            raise ValueError(f"{argument} is {value}, expected ≥ {low}")
+    if not force_tolerance > 0:
+        raise ValueError(f"force_tolerance is {force_tolerance}, expected > 0")
+    if any("energy" not in structure.properties for structure in structures):
+        raise ValueError("one of structures has no properties['energy'], expected all with it")
+    ordered = sorted((structure.copy() for structure in structures), key=lambda s: s.properties["energy"])
+    relaxed, failed = [], []
+    for structure in ordered[:n_best]:
+        try:
+            relaxed.append(_relax(structure, calculator, max_steps, force_tolerance))
+        except Exception as error:  # calculators fail in as many ways as there are calculators
+            structure.properties["calculator_error"] = one_line(error)
+            failed.append(structure)
+    return sorted(relaxed, key=lambda s: s.properties["calculator_energy"]) + failed + ordered[n_best:]
+
+
+def _relax(structure: Structure, calculator: BaseCalculator, max_steps: int, force_tolerance: float) -> Structure:
+    numbers: list[Any] = list(structure.atomic_numbers)
+    atoms = Atoms(numbers, structure.cart_coords, cell=structure.lattice.matrix, pbc=True, calculator=calculator)
+    with FIRE(FrechetCellFilter(atoms), logfile=None) as optimiser:
+        converged = bool(optimiser.run(fmax=force_tolerance, steps=max_steps))
+    energy = float(atoms.get_potential_energy()) / len(atoms)
+    if not math.isfinite(energy):
+        raise ValueError(f"energy is {energy}")
+    found = {"calculator_energy": energy, "calculator_converged": converged}
+    lattice, properties = Lattice(atoms.cell.array), structure.properties | found
+    return Structure(lattice, numbers, atoms.positions, coords_are_cartesian=True, properties=properties)

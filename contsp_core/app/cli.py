@@ -1,0 +1,188 @@
+"""The command line: ``contsp predict | evaluate | audit | train``. What goes wrong is told in one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """examples:
+  contsp predict SrTiO3                            crystals of one formula, in predictions/SrTiO3/
+  contsp predict TiO2 --n-units 2 4 --n-samples 60 longer, in cells of two and four formula units
+  contsp predict formulas.csv --minutes 5          each formula of the column 'formula', five minutes each
+  contsp evaluate mp20 --n-structures 50           how often a checkpoint finds the test crystals of its data set
+  contsp audit crystals/*.cif --calculator ase.calculators.emt:EMT
+  contsp train --dataset perov5 --minutes 60       all that follows is for training; contsp train --help
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; a problem ends it with status 1 and one line."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["train"]:
+        from contsp_core.training import main as train
+
+        return train(given[1:])
+    options = vars(_parser().parse_args(given))
+    command = options.pop("command")
+    try:
+        command(**options)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; what is on disk is complete") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "contsp", description="Crystal structures from a learned energy.", epilog=EXAMPLES, formatter_class=raw
+    )
+    commands = parser.add_subparsers(required=True, metavar="predict | evaluate | audit | train")
+    own = commands.add_parser("predict", help="crystals of one or many formulas, ranked, in files")
+    own.set_defaults(command=predict)
+    own.add_argument(
+        "formulas", nargs="+", metavar="FORMULA|FILE.csv", help="formulas, or files with a column 'formula'"
+    )
+    own.add_argument("--checkpoint", default="mp20", help="bundled name or .safetensors file (default mp20)")
+    own.add_argument("--output", type=Path, default=Path("predictions"), help="folder of a folder per formula")
+    own.add_argument("--source", default="chains", choices=("chains", "templates", "both"), help="default chains")
+    own.add_argument("--n-samples", type=int, default=20, help="of each source and cell size (default 20)")
+    own.add_argument("--n-units", type=int, nargs="+", help="formula units in the cell (default: as training crystals)")
+    own.add_argument("--n-steps", type=int, help="of a chain (default: as the checkpoint says)")
+    own.add_argument("--n-best", type=int, default=10, help="crystals kept (default 10)")
+    own.add_argument("--minutes", type=float, help="start no more chains after this time, for each formula")
+    own.add_argument("--seed", type=int, default=0)
+    own.add_argument("--n-jobs", type=int, default=-1, help="processes (default: all cores)")
+    own.add_argument("--calculator", metavar="MODULE:CLASS", help="ASE calculator to relax and rank them with")
+    own.add_argument("--xrd", type=Path, metavar="FILE", help="measured powder pattern (Cu Kα) to rank by")
+    own.add_argument("--resume", action="store_true", help="leave out formulas whose folder exists")
+    own.add_argument("--overwrite", action="store_true", help="replace folders that exist")
+    own = commands.add_parser("evaluate", help="score a checkpoint, or a folder of CIFs, on the crystals of a data set")
+    own.set_defaults(command=evaluate)
+    own.add_argument("checkpoint", help="bundled name or .safetensors file")
+    own.add_argument("--dataset", help="default: that of the checkpoint")
+    own.add_argument("--split", default="test", choices=("train", "val", "test"))
+    own.add_argument("--cifs", type=Path, help="score these: <material_id>/<number>.cif, made by any program")
+    own.add_argument("--output", type=Path, help="default evaluations/<checkpoint>_<dataset>")
+    own.add_argument("--n-structures", type=int, help="default: all")
+    own.add_argument("--n-samples", type=int, help="default 20")
+    own.add_argument("--seed", type=int, default=0)
+    own.add_argument("--n-jobs", type=int, default=-1, help="processes (default: all cores)")
+    own = commands.add_parser("audit", help="is an energy invariant and continuous? measured on your crystals")
+    own.set_defaults(command=audit)
+    own.add_argument("files", nargs="+", type=Path, metavar="FILE", help="crystals: CIF, POSCAR, …")
+    own.add_argument("--checkpoint", default="mp20", help="energy to audit (default mp20)")
+    own.add_argument("--calculator", metavar="MODULE:CLASS", help="audit this ASE calculator instead")
+    own.add_argument("--seed", type=int, default=0)
+    commands.add_parser("train", help="train an energy; contsp train --help")
+    return parser
+
+
+def predict(
+    formulas: Sequence[str], checkpoint: str, output: Path, resume: bool, overwrite: bool, **options: Any
+) -> None:
+    """``contsp predict``: all that can be wrong is found before the first chain."""
+    from pymatgen.core import Composition
+
+    from contsp_core import load_model
+    from contsp_core.app.calculators import load_calculator
+    from contsp_core.app.prediction import PredictConfig, plan, provenance, read_pattern, write_prediction
+    from contsp_core.app.prediction import predict as run
+    from contsp_core.checkpoints import read_settings
+    from contsp_core.csp.candidates import TemplateLibrary
+    from contsp_core.data import load_split, parse_formula
+
+    name, pattern = options.pop("calculator"), options.pop("xrd")
+    options["n_units"] = options["n_units"] and tuple(options["n_units"])
+    config, model = PredictConfig(**options), load_model(checkpoint)
+    names = list(dict.fromkeys(Composition(f).reduced_formula for f in read_formulas(formulas) if parse_formula(f)))
+    plans = {formula: plan(model, formula, config) for formula in names}
+    calculator = name and load_calculator(name)
+    measured = None if pattern is None else read_pattern(pattern)
+    existing = [formula for formula in names if (output / formula).exists()]
+    if existing and not (resume or overwrite):
+        raise ValueError(
+            f"output {str(output / existing[0])!r} exists; --resume leaves it out, --overwrite replaces it"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    needs_library = config.source != "chains"
+    library = TemplateLibrary(load_split(read_settings(checkpoint)["dataset"], "train")) if needs_library else None
+    for formula in names:
+        if resume and formula in existing:
+            continue
+        species, doubts = plans[formula]
+        print(f"{formula}: cells of {', '.join(str(len(numbers)) for numbers in species)} atoms", file=sys.stderr)
+        for doubt in doubts:
+            print(f"{formula}: warning: {doubt}", file=sys.stderr)
+        prediction = run(model, formula, config, library)
+        origin = provenance(checkpoint, config, prediction) | {"calculator": name, "xrd": pattern and str(pattern)}
+        if calculator:
+            prediction = prediction.relaxed(calculator)
+        if measured is not None:
+            prediction = prediction.compared(measured)
+        folder = write_prediction(prediction, output / formula, origin, overwrite)
+        print(f"\n{formula} ({prediction.n_made} candidates, {folder}/):\n{prediction.summary()}")
+
+
+def read_formulas(entries: Sequence[str]) -> list[str]:
+    """Formulas as given, and those of CSV files; a ValueError names the file and the row of one that is none."""
+    import pandas as pd
+
+    from contsp_core.data import parse_formula, retold
+
+    found = []
+    for entry in entries:
+        if not entry.endswith(".csv"):
+            parse_formula(entry)
+            found.append(entry)
+            continue
+        with retold(f"{entry!r} cannot be read as CSV", OSError, ValueError):
+            table = pd.read_csv(entry, keep_default_na=False, dtype=str)
+        if "formula" not in table.columns or not len(table):
+            raise ValueError(f"{entry!r} has {len(table)} rows of {', '.join(table)}, expected a column 'formula'")
+        for row, formula in enumerate(table["formula"], start=1):
+            with retold(f"{entry!r}, row {row}", ValueError):
+                parse_formula(formula)
+            found.append(formula)
+    return found
+
+
+def evaluate(checkpoint: str, dataset: str | None, cifs: Path | None, output: Path | None, **options: Any) -> None:
+    """``contsp evaluate``: scores as JSON; tables and samples are in the output folder."""
+    import json
+
+    from contsp_core.checkpoints import read_settings
+    from contsp_core.csp.evaluation import EvaluationConfig, evaluate_checkpoint, evaluate_cifs
+
+    settings = EvaluationConfig(progress=True, **options)
+    dataset = dataset or read_settings(checkpoint)["dataset"]
+    output = output or Path("evaluations") / f"{Path(checkpoint).stem}_{dataset}"
+    if cifs is None:
+        found = evaluate_checkpoint(checkpoint, dataset, output, settings)
+    else:
+        found = evaluate_cifs(cifs, dataset, output, settings, checkpoint)
+    print(json.dumps(found.summary["scores"], indent=2))
+
+
+def audit(files: Sequence[Path], checkpoint: str, calculator: str | None, seed: int) -> None:
+    """``contsp audit``: the table of :func:`contsp_core.invariance.audit`."""
+    from pymatgen.core import Structure
+
+    from contsp_core import load_model
+    from contsp_core.app.calculators import load_calculator
+    from contsp_core.data import retold
+    from contsp_core.invariance import audit as measure
+
+    energy: Any = load_calculator(calculator) if calculator else load_model(checkpoint)
+    structures = []
+    for path in files:
+        with retold(f"{str(path)!r} cannot be read as a crystal", Exception):  # pymatgen raises many kinds
+            structures.append(Structure.from_file(path))
+    print(measure(energy, structures, seed=seed).to_string())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,369 @@
+"""From a formula to crystals on disk: plan, sample, rank, describe, write.
+
+``contsp predict`` and the prediction notebook are thin layers over :func:`predict` and :func:`write_prediction`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import math
+import shutil
+import time
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from uuid import uuid4
+
+import numpy as np
+import pandas as pd
+import torch
+from ase.io import write
+from joblib import Parallel, delayed, effective_n_jobs
+from pymatgen.analysis.diffraction.xrd import XRDCalculator
+from pymatgen.analysis.prototypes import AflowPrototypeMatcher
+from pymatgen.core import Element, Structure
+from pymatgen.io.ase import AseAtomsAdaptor
+from pymatgen.io.cif import CifWriter
+from pymatgen.io.vasp.inputs import Poscar
+
+from contsp_core.app.calculators import relax_and_rank
+from contsp_core.checkpoints import find_checkpoint, read_settings
+from contsp_core.crystals import check_settings, reduce_species
+from contsp_core.csp.candidates import (
+    N_DESCENT,
+    TemplateLibrary,
+    descend,
+    describe,
+    make_candidates,
+    rank_distinct,
+    standardise,
+    with_energies,
+)
+from contsp_core.csp.figures import draw_crystals
+from contsp_core.csp.metrics import run_with_time_limit
+from contsp_core.data import parse_formula, retold
+from contsp_core.sampler import sample_structures
+
+if TYPE_CHECKING:
+    from ase.calculators.calculator import BaseCalculator
+    from matplotlib.figure import Figure
+
+    from contsp_core.energy import ContinuousCGCNN
+
+Source = Literal["chains", "templates", "both"]
+MAX_ATOMS = 200  # of a cell
+N_SIZES = 3  # numbers of formula units that are tried, of those that training crystals have
+ROUND = 8  # chains of each size between two looks at the clock
+SYMPREC = 0.1  # Å
+PEAK_WIDTH = 0.2  # standard deviation of a peak of a simulated powder pattern, degrees
+STRETCHES = np.linspace(0.94, 1.06, 49)  # of the lattice, tried when a pattern is compared
+TWO_THETA = (5.0, 90.0)  # degrees, Cu Kα
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """What is tried for a formula, and what is kept; checked."""
+
+    source: Source = "chains"  # chains from random starts, known crystals with their elements exchanged, or both
+    n_samples: int = 20  # of each source and number of formula units
+    n_steps: int | None = None  # of a chain; None: as the checkpoint says
+    n_units: tuple[int, ...] | None = None  # formula units in the cell; None: what :func:`choose_units` says
+    minutes: float | None = None  # no further chains are started after this time, nor before a first round is over
+    n_best: int = 10  # crystals kept
+    seed: int = 0
+    n_jobs: int = -1  # processes; -1: all cores
+
+    def __post_init__(self) -> None:
+        check_settings(self, seed=(0, 2**62), n_jobs=(-1, math.inf))
+        if self.n_units is not None and (not self.n_units or min(self.n_units) < 1):
+            raise ValueError(f"n_units is {self.n_units}, expected numbers ≥ 1, or None")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Crystals of one formula, best first."""
+
+    formula: str
+    groups: list[list[Structure]]  # of equal crystals, each sorted by energy (see rank_distinct)
+    table: pd.DataFrame  # a row a group: describe, with confidence and prototype
+    n_made: int
+    doubts: list[str]
+
+    @property
+    def best(self) -> list[Structure]:
+        """The crystal of lowest energy of each group."""
+        return [group[0] for group in self.groups]
+
+    def ranked_by(self, name: str, values: Sequence[float], ascending: bool = True) -> Prediction:
+        """With another column that ranks the crystals, those without a value last."""
+        table = self.table.assign(**{name: values}).sort_values(name, ascending=ascending, kind="stable")
+        groups = [self.groups[rank - 1] for rank in table.index]
+        table.index = self.table.index
+        return replace(self, groups=groups, table=table)
+
+    def relaxed(self, calculator: BaseCalculator) -> Prediction:
+        """Relaxed and ranked by an ASE calculator, as by :func:`relax_and_rank`; its energy is in the table."""
+        numbered = [structure.copy() for structure in self.best]
+        for place, structure in enumerate(numbered):
+            structure.properties["place"] = place
+        found = relax_and_rank(numbered, calculator, n_best=len(numbered))
+        groups = [[structure, *self.groups[structure.properties.pop("place")][1:]] for structure in found]
+        return replace(self, groups=groups, table=tabulate(groups))
+
+    def compared(self, measured: np.ndarray) -> Prediction:
+        """Ranked by the :func:`agreement` with a measured powder pattern, in the table as ``xrd``."""
+        return self.ranked_by("xrd", [agreement(structure, measured) for structure in self.best], ascending=False)
+
+    def summary(self) -> str:
+        """The table for a terminal."""
+        return self.table.drop(columns=["α", "β", "γ", "at 0.01 Å", "at 0.3 Å"]).round(2).to_string()
+
+
+def plan(model: ContinuousCGCNN, formula: str, config: PredictConfig) -> tuple[list[list[int]], list[str]]:
+    """Species of the cells that are tried, and what should make one doubt the answer.
+
+    Raises:
+        ValueError: on text that is no formula, or cells of more than 200 atoms.
+    """
+    unit = [number for number, count in reduce_species(parse_formula(formula)).items() for _ in range(count)]
+    n_units = config.n_units or choose_units(model, unit)
+    if len(unit) * max(n_units) > MAX_ATOMS:
+        raise ValueError(
+            f"formula {formula!r} × {max(n_units)} has {len(unit) * max(n_units)} atoms, expected ≤ {MAX_ATOMS}"
+        )
+    return [unit * n for n in sorted(set(n_units))], doubts(model, unit, n_units)
+
+
+def choose_units(model: ContinuousCGCNN, unit: Sequence[int]) -> tuple[int, ...]:
+    """Formula units in the cell: the three commonest among training crystals of this stoichiometry, else 1, 2 and 4."""
+    sizes = _training_counts(model).sum(axis=1)
+    same = Counter((sizes[_same_stoichiometry(model, unit)] // len(unit)).tolist())
+    fitting = [n for n in (1, 2, 4) if n * len(unit) <= max(sizes.max(initial=0), len(unit))]
+    return tuple(sorted(n for n, _ in same.most_common(N_SIZES)) or fitting)
+
+
+def doubts(model: ContinuousCGCNN, unit: Sequence[int], n_units: Sequence[int]) -> list[str]:
+    """What the training crystals of a checkpoint do not cover, a sentence each."""
+    counts, found = _training_counts(model), []
+    if not len(counts):
+        return ["the checkpoint does not say which crystals it was trained on"]
+    unseen = [str(Element.from_Z(number)) for number in dict.fromkeys(unit) if not counts[:, number].any()]
+    if unseen:
+        found.append(f"no training crystal has {' or '.join(unseen)}: energies are guesses")
+    same = _same_stoichiometry(model, unit)
+    if not same.any():
+        found.append("no training crystal has this stoichiometry: cells are those of others")
+    largest, n_atoms = int(counts.sum(axis=1).max()), len(unit) * max(n_units)
+    if n_atoms > largest:
+        found.append(f"cells of {n_atoms} atoms are larger than those of all training crystals (≤ {largest} atoms)")
+    return found
+
+
+def _training_counts(model: ContinuousCGCNN) -> np.ndarray:
+    """(n, 101) atoms of each element in the training crystals; n is 0 for an energy without noise levels."""
+    counts = getattr(model, "start_counts", None)
+    return np.zeros((0, 101), dtype=int) if counts is None else counts.cpu().numpy().astype(int)
+
+
+def _same_stoichiometry(model: ContinuousCGCNN, unit: Sequence[int]) -> np.ndarray:
+    """Which training crystals consist of so many elements in the same ratio, (n,) bool."""
+    counts = np.sort(_training_counts(model), axis=1)
+    reduced = counts // np.maximum(np.gcd.reduce(counts, axis=1), 1)[:, None]
+    return (reduced == np.sort(np.bincount(unit, minlength=counts.shape[1]))).all(axis=1)
+
+
+def predict(
+    model: ContinuousCGCNN, formula: str, config: PredictConfig | None = None, library: TemplateLibrary | None = None
+) -> Prediction:
+    """The crystals that a formula may have, from an energy that knows nothing but the formula.
+
+    Candidates slide to the bottom of their wells; energies are per atom, so cells of different size compare.
+
+    Args:
+        model: from :func:`contsp_core.load_model`.
+        formula: any number of formula units; :class:`PredictConfig` says how many the cells have.
+        config: by default 20 chains of each size.
+        library: training crystals, needed for the sources ``templates`` and ``both``.
+
+    Raises:
+        ValueError: on text that is no formula, cells that are too large, or a library that is missing.
+    """
+    config, started = config or PredictConfig(), time.monotonic()
+    species, doubted = plan(model, formula, config)
+    if config.source != "chains" and library is None:
+        raise ValueError(f"library is None, expected the training crystals for source {config.source!r}")
+    made: list[Structure] = []
+    if config.source != "chains":
+        options = dict[str, Any](model=model, library=library)
+        for found in make_candidates("templates_relaxed", species, config.n_samples, config.seed, **options):
+            made += _settle(model, [structure for structure in found if structure is not None], "templates")
+    if config.source != "templates":
+        work, n_jobs = delayed(partial(_run, model, species, config)), effective_n_jobs(config.n_jobs)
+        round_ = config.n_samples if config.minutes is None else ROUND
+        for first in range(0, config.n_samples, round_):
+            numbers = np.arange(first, min(first + round_, config.n_samples))
+            parts = [part for part in np.array_split(numbers, n_jobs) if len(part)]
+            made += itertools.chain.from_iterable(Parallel(len(parts))(work(part) for part in parts))
+            spent = (time.monotonic() - started) / 60
+            if config.minutes is not None and spent * (1 + round_ / (first + round_)) > config.minutes:
+                break  # another round would end too late
+    if not made:
+        raise ValueError(f"formula {formula!r} has no template, expected one; source 'chains' needs none")
+    groups = rank_distinct(made, config.n_best, n_jobs=config.n_jobs)
+    return Prediction(formula, groups, tabulate(groups), len(made), doubted)
+
+
+def tabulate(groups: list[list[Structure]]) -> pd.DataFrame:
+    """The table of :func:`describe` with the names of prototypes and what a calculator said."""
+    table, best = describe(groups), [group[0] for group in groups]
+    names = run_with_time_limit(prototype, [(structure,) for structure in best], progress=False)
+    table.insert(2, "prototype", [name or "" for name in names])
+    for name in ("calculator_energy", "calculator_error"):
+        if any(name in structure.properties for structure in best):
+            table.insert(1, name, [structure.properties.get(name) for structure in best])
+    return table
+
+
+def _run(
+    model: ContinuousCGCNN, species: list[list[int]], config: PredictConfig, numbers: np.ndarray
+) -> list[Structure]:
+    """Chains of consecutive numbers, by one thread of any process."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        first = int(numbers[0])
+        found = sample_structures(model, species, len(numbers), config.n_steps, config.seed, first=first)
+        return _settle(model, [structure for samples in found for structure in samples], "chains")
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def _settle(model: ContinuousCGCNN, structures: list[Structure], source: str) -> list[Structure]:
+    """At the bottom of their wells, with energy and source."""
+    settled = with_energies(model, descend(model, structures, N_DESCENT)) if structures else []
+    for structure in settled:
+        structure.properties["source"] = source
+    return settled
+
+
+@functools.lru_cache(maxsize=1)
+def _prototypes() -> AflowPrototypeMatcher:
+    return AflowPrototypeMatcher()
+
+
+def prototype(structure: Structure) -> str:
+    """Name and Strukturbericht symbol of the AFLOW prototype that a crystal has; empty if pymatgen knows none."""
+    with warnings.catch_warnings(action="ignore"):  # pymatgen warns of rounded coordinates in its own file
+        found = _prototypes().get_prototypes(structure) or []
+    if not found:
+        return ""
+    names = [found[0]["tags"][name] for name in ("mineral", "strukturbericht", "aflow")]
+    known = [name for name in names if name and name != "None"]
+    return known[0] if len(known) < 3 else f"{known[0]} ({known[1]})"
+
+
+def powder_pattern(structure: Structure) -> pd.DataFrame:
+    """Peaks of a powder for Cu Kα: columns ``two_theta`` (degrees), ``intensity`` (the highest has 100), ``hkl``."""
+    pattern = XRDCalculator().get_pattern(structure, two_theta_range=TWO_THETA)
+    planes = [" ".join("".join(map(str, plane["hkl"])) for plane in peak) for peak in pattern.hkls]
+    return pd.DataFrame({"two_theta": pattern.x, "intensity": pattern.y, "hkl": planes})
+
+
+def agreement(structure: Structure, measured: np.ndarray) -> float:
+    """Cosine similarity of a measured powder pattern (n, 2: 2θ in degrees, counts) and the simulated one, 0 … 1.
+
+    The lattice may be stretched by up to 6 %, as predicted lattices are off by some per cent, and the lowest count is
+    taken for the background.
+    """
+    peaks, (angles, counts) = powder_pattern(structure), measured.T
+    counts = counts - counts.min()
+    sines = np.sin(np.radians(peaks["two_theta"].to_numpy() / 2)) / STRETCHES[:, None]
+    centers = 2 * np.degrees(np.arcsin(np.minimum(sines, 1.0)))
+    profile = np.exp(-(((angles - centers[:, :, None]) / PEAK_WIDTH) ** 2) / 2)
+    simulated = np.einsum("spa,p->sa", profile, peaks["intensity"].to_numpy())
+    norms = np.linalg.norm(simulated, axis=1) * np.linalg.norm(counts)
+    return float((simulated @ counts / np.maximum(norms, 1e-12)).max())
+
+
+def read_pattern(path: str | Path) -> np.ndarray:
+    """(n, 2) angles and counts of a text file of two columns; a ValueError tells of another content."""
+    with retold(f"xrd file {str(path)!r} cannot be read", OSError, ValueError):
+        measured = np.loadtxt(path, usecols=(0, 1), ndmin=2)
+        if len(measured) < 10 or not np.isfinite(measured).all() or (np.diff(measured[:, 0]) <= 0).any():
+            raise ValueError("expected ten or more rows of an angle, which rises, and a count")
+    return measured
+
+
+def provenance(checkpoint: str | Path, config: PredictConfig, prediction: Prediction) -> dict[str, Any]:
+    """What made a prediction: settings, program versions, the checkpoint and its training data."""
+    path, header = find_checkpoint(checkpoint), read_settings(checkpoint)
+    names = ("contsp_core", "torch", "pymatgen", "spglib", "numpy")
+    return {
+        "formula": prediction.formula,
+        "checkpoint": path.stem,
+        "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "trained_on": {name: header.get(name) for name in ("dataset", "n_structures", "data")},
+        "settings": asdict(config),
+        "n_candidates": prediction.n_made,
+        "doubts": prediction.doubts,
+        "versions": {name: version(name) for name in names},
+    }
+
+
+def write_prediction(prediction: Prediction, folder: Path, origin: dict[str, Any], overwrite: bool = False) -> Path:
+    """Everything about one formula in ``folder``, which appears whole or not at all.
+
+    ``candidates.csv``, ``.png`` and, for what made them, ``.json``. Of each crystal, by rank: CIF as found (P1) and
+    symmetrised (at 0.1 Å), POSCAR and extended XYZ with energy, checkpoint and seed; the peaks of its powder pattern.
+
+    Raises:
+        FileExistsError: if the folder is there, unless ``overwrite`` says to replace it.
+    """
+    if folder.exists() and not overwrite:
+        raise FileExistsError(f"output {str(folder)!r} exists, expected a new folder; overwrite replaces it")
+    temporary = folder.with_name(f".{folder.name}-{uuid4().hex}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        prediction.table.to_csv(temporary / "candidates.csv", float_format="%.6g")
+        (temporary / "candidates.json").write_text(json.dumps(origin, indent=2, default=str) + "\n")
+        for rank, structure in enumerate(prediction.best, start=1):
+            _write_crystal(structure, temporary / f"{rank:02d}_{structure.composition.reduced_formula}", origin)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    # a picture that fails must not take the crystals with it
+    contact_sheet(prediction).savefig(folder / "candidates.png", dpi=150, metadata={"Software": None})
+    return folder
+
+
+def _write_crystal(structure: Structure, stem: Path, origin: dict[str, Any]) -> None:
+    label = {"energy_per_atom": structure.properties["energy"], "checkpoint": origin["checkpoint"]}
+    label |= {"seed": origin["settings"]["seed"]}
+    comment = ", ".join(f"{name} {value}" for name, value in label.items())
+    symmetric = standardise(structure)
+    with warnings.catch_warnings(action="ignore"):  # of elements without electronegativity
+        for ending, written in (("", CifWriter(structure)), ("_symmetrised", CifWriter(symmetric, symprec=SYMPREC))):
+            stem.with_name(f"{stem.name}{ending}.cif").write_text(f"# {comment}\n{written}")
+    Poscar(structure, comment=f"{structure.composition.reduced_formula}, {comment}", sort_structure=True).write_file(
+        stem.with_suffix(".vasp")
+    )
+    atoms = AseAtomsAdaptor.get_atoms(structure, msonable=False)
+    atoms.info = label
+    write(stem.with_suffix(".extxyz"), atoms, format="extxyz")
+    powder_pattern(structure).to_csv(stem.with_name(f"{stem.name}_xrd.csv"), index=False, float_format="%.4f")
+
+
+def contact_sheet(prediction: Prediction, n: int = 4) -> Figure:
+    """The best n crystals side by side in their conventional cells."""
+    titles = [f"{rank}: {group}" for rank, group in prediction.table["space group"].head(n).items()]
+    return draw_crystals([standardise(structure) for structure in prediction.best[:n]], titles)

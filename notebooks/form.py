@@ -1,0 +1,88 @@
+"""A form to type a formula into, for a live notebook; elsewhere one line says so."""
+
+from __future__ import annotations
+
+import base64
+import io
+import zipfile
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ipywidgets as widgets
+from IPython.display import display
+
+from contsp_core import load_model
+from contsp_core.app.prediction import PredictConfig, Prediction, plan, predict, provenance, write_prediction
+from contsp_core.checkpoints import CHECKPOINTS, read_settings
+from contsp_core.csp.candidates import TemplateLibrary, standardise
+from contsp_core.csp.views import is_live, view_crystal
+from contsp_core.data import load_split, one_line
+
+
+def show_form(formula: str = "SrTiO3", checkpoint: str = "mp20") -> None:
+    """Show the form where someone can answer it: formula, checkpoint, source, samples; Predict, rank, download."""
+    if not is_live():
+        print("In a live notebook a form appears here: type a formula, press Predict, look, download.")
+        return
+    names = sorted(path.stem for path in CHECKPOINTS.glob("*.safetensors"))
+    options = {"style": {"description_width": "80px"}}
+    text = widgets.Text(formula, description="formula", **options)
+    model = widgets.Dropdown(options=names, value=checkpoint, description="checkpoint", **options)
+    source = widgets.Dropdown(options=("chains", "templates", "both"), description="source", **options)
+    n_samples = widgets.BoundedIntText(20, min=1, max=1000, description="samples", **options)
+    button = widgets.Button(description="Predict", button_style="primary", icon="cube")
+    message, result = widgets.HTML(), widgets.VBox()
+
+    def answer(_: Any) -> None:
+        button.disabled, result.children = True, ()
+        try:
+            config = PredictConfig(source=source.value, n_samples=n_samples.value)
+            energy = load_model(model.value)
+            sizes, doubts = plan(energy, text.value, config)
+            atoms, doubted = ", ".join(str(len(numbers)) for numbers in sizes), [f"<b>{doubt}</b>" for doubt in doubts]
+            message.value = "<br>".join([f"searching cells of {atoms} atoms …", *doubted])
+            library = None
+            if config.source != "chains":
+                library = TemplateLibrary(load_split(read_settings(model.value)["dataset"], "train"))
+            prediction = predict(energy, text.value, config, library)
+            origin = provenance(model.value, config, prediction)
+            message.value = "<br>".join([f"{prediction.n_made} candidates", *doubted])
+            result.children = (_table(prediction), _viewer(prediction), _download(prediction, origin))
+        except (ValueError, OSError) as error:
+            message.value = f"<b style='color:#b00'>{one_line(error)}</b>"
+        finally:
+            button.disabled = False
+
+    button.on_click(answer)
+    display(widgets.VBox([widgets.HBox([text, model]), widgets.HBox([source, n_samples, button]), message, result]))
+
+
+def _table(prediction: Prediction) -> widgets.HTML:
+    return widgets.HTML(prediction.table.round(2).to_html(border=0))
+
+
+def _viewer(prediction: Prediction) -> widgets.VBox:
+    """Any crystal of the ranking, chosen by its rank, to turn by hand."""
+    labels = {f"{rank}: {group}": rank for rank, group in prediction.table["space group"].items()}
+    rank, view = widgets.Dropdown(options=labels, description="rank"), widgets.Output()
+
+    def draw(_: Any) -> None:
+        with view:
+            view.clear_output(wait=True)
+            display(view_crystal(standardise(prediction.best[rank.value - 1])))
+
+    rank.observe(draw, "value")
+    draw(None)
+    return widgets.VBox([rank, view])
+
+
+def _download(prediction: Prediction, origin: dict[str, Any]) -> widgets.HTML:
+    """A link to all files of the prediction in one archive, which the page itself holds."""
+    archive = io.BytesIO()
+    with TemporaryDirectory() as folder, zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        for path in sorted(write_prediction(prediction, Path(folder, prediction.formula), origin).iterdir()):
+            packed.write(path, f"{prediction.formula}/{path.name}")
+    content, name = base64.b64encode(archive.getvalue()).decode(), f"{prediction.formula}.zip"
+    link = f"<a download='{name}' href='data:application/zip;base64,{content}'>download {name}</a>"
+    return widgets.HTML(link + " (table, CIF, POSCAR, extended XYZ, powder patterns)")

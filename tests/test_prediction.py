@@ -1,0 +1,330 @@
+"""Prediction: what is planned, made and written for a formula; and the command line on top of it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import ase.io
+import numpy as np
+import pandas as pd
+import pytest
+from ase.calculators.calculator import Calculator
+from pymatgen.analysis.structure_matcher import StructureMatcher
+from pymatgen.core import Lattice, Structure
+
+from contsp_core import Crystals, load_model
+from contsp_core.app import cli
+from contsp_core.app.prediction import (
+    PredictConfig,
+    agreement,
+    choose_units,
+    doubts,
+    plan,
+    powder_pattern,
+    predict,
+    prototype,
+    provenance,
+    write_prediction,
+)
+from contsp_core.csp.candidates import TemplateLibrary, space_group
+from contsp_core.data import load_split
+
+NACL, SRTIO3 = [11, 17], [38, 22, 8, 8, 8]
+ROCK_SALT = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+QUICK = PredictConfig(n_samples=3, n_steps=6, n_units=(1, 2), n_jobs=1, n_best=3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("prototypes")
+
+
+@pytest.fixture(scope="module")
+def library():
+    return TemplateLibrary(load_split("prototypes", "train"))
+
+
+@pytest.fixture(scope="module")
+def prediction(model):
+    return predict(model, "NaCl", QUICK)
+
+
+@pytest.fixture(scope="module")
+def written(prediction, tmp_path_factory):
+    origin = provenance("prototypes", QUICK, prediction)
+    return write_prediction(prediction, tmp_path_factory.mktemp("out") / "NaCl", origin)
+
+
+# What is tried
+
+
+def test_units_are_the_commonest_among_training_crystals_of_the_stoichiometry(model):
+    split = load_split("prototypes", "train")
+    counts = {}
+    for species in split.species:
+        composition = sorted(np.unique(species, return_counts=True)[1])
+        if len(composition) == 2 and composition[0] == composition[1]:
+            counts[composition[0]] = counts.get(composition[0], 0) + 1
+    best = sorted(counts, key=counts.get, reverse=True)[:3]
+    assert list(choose_units(model, NACL)) == sorted(best)
+    strange = [number for number in range(3, 11) for _ in range(number)]
+    assert choose_units(model, strange) == (1,)
+
+
+def test_a_cell_holds_whole_formula_units_however_the_formula_is_written(model):
+    for formula in ("NaCl", "Na3Cl3", "ClNa"):
+        species, _ = plan(model, formula, PredictConfig(n_units=(2, 1)))
+        assert [sorted(numbers) for numbers in species] == [NACL, sorted(NACL * 2)]
+
+
+@pytest.mark.parametrize(
+    ("unit", "n_units", "expected"),
+    [
+        (NACL, (1,), []),
+        ([87, 17], (1,), ["no training crystal has Fr: energies are guesses"]),
+        ([11] * 7 + [17] * 5, (1,), ["no training crystal has this stoichiometry"]),
+        (NACL, (90,), ["cells of 180 atoms are larger than those of all training crystals"]),
+    ],
+)
+def test_what_the_training_crystals_do_not_cover_is_said(model, unit, n_units, expected):
+    found = doubts(model, unit, n_units)
+    assert len(found) == len(expected)
+    assert all(text in sentence for text, sentence in zip(expected, found))
+
+
+# What is found
+
+
+def test_crystals_are_ranked_and_each_stands_for_those_that_equal_it(prediction, model):
+    assert prediction.n_made == 6
+    assert sum(map(len, prediction.groups)) <= 6
+    energies = prediction.table["energy"]
+    assert energies.is_monotonic_increasing
+    assert model(Crystals.from_structures(prediction.best)).tolist() == pytest.approx(energies.tolist(), abs=1e-4)
+    for group in prediction.groups:
+        assert all(StructureMatcher().fit(group[0], other) for other in group)
+
+
+def test_a_time_limit_ends_the_search_between_rounds_and_changes_no_sample(model):
+    few = predict(model, "NaCl", PredictConfig(n_samples=16, n_steps=2, n_units=(1,), minutes=1e-6, n_jobs=1))
+    assert few.n_made == 8
+    eight = predict(model, "NaCl", PredictConfig(n_samples=8, n_steps=2, n_units=(1,), n_jobs=1))
+    assert eight.table["energy"].tolist() == pytest.approx(few.table["energy"].tolist(), abs=1e-4)
+
+
+def test_the_result_does_not_depend_on_the_number_of_processes(model, prediction):
+    shared = predict(model, "NaCl", PredictConfig(**vars(QUICK) | {"n_jobs": 2}))
+    assert shared.table["energy"].tolist() == pytest.approx(prediction.table["energy"].tolist(), abs=1e-3)
+    assert shared.table["space group"].tolist() == prediction.table["space group"].tolist()
+
+
+def test_templates_join_the_chains_and_are_counted_apart(model, library):
+    config = PredictConfig(source="both", n_samples=2, n_steps=4, n_units=(1,), n_jobs=1)
+    table = predict(model, "NaCl", config, library).table
+    assert (table["chains"] + table["templates"]).tolist() == table["found"].tolist()
+    assert table[["chains", "templates"]].sum().tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("structure", "name"),
+    [
+        (ROCK_SALT, "Halite, Rock Salt (B1)"),
+        (Structure(Lattice.cubic(3), ["Cs", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]]), "B2"),
+        (Structure(Lattice.from_parameters(3, 4, 5, 80, 95, 100), ["Cs", "Cl"], [[0, 0, 0], [0.4, 0.3, 0.2]]), ""),
+    ],
+)
+def test_prototypes_are_called_by_their_names(structure, name):
+    assert prototype(structure) == name
+
+
+# Powder patterns
+
+
+def test_peaks_obey_braggs_law():
+    peaks = powder_pattern(ROCK_SALT)
+    two_theta = 2 * np.degrees(np.arcsin(1.54184 * math.sqrt(4) / (2 * 5.64)))  # 200, the strongest of rock salt
+    assert peaks.loc[peaks["intensity"].idxmax(), "two_theta"] == pytest.approx(two_theta, abs=0.05)
+    assert peaks.loc[peaks["intensity"].idxmax(), "hkl"] == "200"
+    assert "100" not in peaks["hkl"].tolist()
+
+
+def measure(structure, background=30.0):
+    """A pattern as a diffractometer gives it: broad peaks on a background."""
+    angles, peaks = np.arange(10, 80, 0.05), powder_pattern(structure)
+    counts = np.exp(-(((angles[:, None] - peaks["two_theta"].to_numpy()) / 0.2) ** 2) / 2) @ peaks["intensity"]
+    return np.column_stack([angles, counts + background])
+
+
+def test_a_measured_pattern_tells_structures_apart_and_forgives_a_wrong_volume():
+    swollen, other = ROCK_SALT.copy(), Structure(Lattice.cubic(3.5), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    swollen.scale_lattice(swollen.volume * 1.03**3)
+    measured = measure(ROCK_SALT)
+    assert agreement(ROCK_SALT, measured) == pytest.approx(1, abs=1e-3)
+    assert agreement(swollen, measured) > 0.98
+    assert agreement(other, measured) < 0.7
+    assert agreement(other, measure(other)) > 0.99
+
+
+# On disk
+
+
+def test_each_crystal_is_written_in_four_formats_that_agree_and_name_what_made_them(written, prediction):
+    table = pd.read_csv(written / "candidates.csv", index_col="rank")
+    assert table["energy"].tolist() == pytest.approx(prediction.table["energy"].tolist(), rel=1e-5)
+    for rank, structure in enumerate(prediction.best, start=1):
+        stem = written / f"{rank:02d}_NaCl"
+        for path in (stem.with_suffix(".cif"), stem.with_suffix(".vasp")):
+            read = Structure.from_file(path)
+            assert read.volume == pytest.approx(structure.volume, rel=1e-4)
+            assert StructureMatcher(scale=False).get_rms_dist(read, structure)[0] < 1e-3
+            assert "checkpoint prototypes, seed 0" in path.read_text().splitlines()[0]
+        atoms = ase.io.read(stem.with_suffix(".extxyz"))
+        assert atoms.info["energy_per_atom"] == pytest.approx(structure.properties["energy"], abs=1e-6)
+        assert atoms.cell.volume == pytest.approx(structure.volume, rel=1e-5)
+        symmetrised = Structure.from_file(written / f"{stem.name}_symmetrised.cif")
+        assert space_group(symmetrised) == table.loc[rank, "space group"]
+        assert len(pd.read_csv(written / f"{stem.name}_xrd.csv")) > 0
+    origin = json.loads((written / "candidates.json").read_text())
+    assert origin["checkpoint"] == "prototypes"
+    assert origin["settings"]["n_samples"] == 3
+    assert (written / "candidates.png").stat().st_size > 1000
+
+
+def test_a_folder_appears_whole_or_not_at_all(prediction, tmp_path, monkeypatch):
+    origin, folder = provenance("prototypes", QUICK, prediction), tmp_path / "NaCl"
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("contsp_core.app.prediction.powder_pattern", fail)
+        with pytest.raises(OSError, match="disk full"):
+            write_prediction(prediction, folder, origin)
+    assert list(tmp_path.iterdir()) == []
+    write_prediction(prediction, folder, origin)
+    with pytest.raises(FileExistsError, match="exists, expected a new folder"):
+        write_prediction(prediction, folder, origin)
+    (folder / "old").touch()
+    write_prediction(prediction, folder, origin, overwrite=True)
+    assert not (folder / "old").exists()
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+# The command line
+
+
+def run(capsys, *arguments):
+    cli.main(arguments)
+    return capsys.readouterr()
+
+
+QUICKLY = ("--checkpoint", "prototypes", "--n-samples", "2", "--n-steps", "2", "--n-units", "1", "--n-jobs", "1")
+
+
+def test_formulas_of_a_file_are_predicted_and_resumed(tmp_path, capsys):
+    table, output = tmp_path / "mine.csv", tmp_path / "out"
+    table.write_text("formula,why\nNaCl,salt\nFrCl,rare\n")
+    done = run(capsys, "predict", str(table), "KCl", *QUICKLY, "--output", str(output))
+    assert sorted(path.name for path in output.iterdir()) == ["FrCl", "KCl", "NaCl"]
+    assert "FrCl: warning: no training crystal has Fr" in done.err
+    assert "space group" in done.out
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*.csv")}
+    run(capsys, "predict", str(table), "KBr", *QUICKLY, "--output", str(output), "--resume")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (output / "KBr" / "candidates.csv").is_file()
+
+
+def test_a_calculator_relaxes_ranks_and_may_fail_on_one_crystal(prediction):
+    class Springs(Calculator):
+        """Volume per atom pulled to 20 Å³; refuses the cell of lowest learned energy."""
+
+        def __init__(self):
+            super().__init__()
+            self.implemented_properties = ["energy", "forces", "stress"]
+
+        def calculate(self, atoms=None, properties=("energy",), system_changes=()):
+            super().calculate(atoms, properties, system_changes)
+            volume, n = self.atoms.get_volume() / len(self.atoms), len(self.atoms)
+            if abs(volume - prediction.best[0].volume / len(prediction.best[0])) < 1e-6:
+                raise RuntimeError("out of range")
+            pressure = 0.1 * (volume - 20)
+            self.results = {"energy": n * 0.05 * (volume - 20) ** 2, "forces": np.zeros((n, 3))}
+            self.results["stress"] = np.array([pressure] * 3 + [0.0] * 3)
+
+    found = prediction.relaxed(Springs())
+    assert len(found.groups) == len(prediction.groups)
+    assert "out of range" in found.table["calculator_error"].iloc[-1]
+    assert found.best[-1].volume == pytest.approx(prediction.best[0].volume)
+    assert found.table["V/atom"].iloc[:-1].tolist() == pytest.approx([20] * (len(found.groups) - 1), abs=0.6)
+    assert found.table["calculator_energy"].iloc[:-1].is_monotonic_increasing
+    assert list(map(len, found.groups)) == found.table["found"].tolist()
+
+
+def test_a_measured_pattern_ranks(tmp_path, capsys):
+    np.savetxt(tmp_path / "measured.xy", measure(ROCK_SALT))
+    run(capsys, "predict", "NaCl", *QUICKLY, "--output", str(tmp_path), "--xrd", str(tmp_path / "measured.xy"))
+    found = pd.read_csv(tmp_path / "NaCl" / "candidates.csv")
+    assert found["xrd"].is_monotonic_decreasing
+    assert found["xrd"].between(0, 1).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["NaXx"], "element 'Xx' is unknown"),
+        (["Na0.5Cl"], "cannot be read"),
+        (["Na0"], "cannot be read"),
+        (["NaCl", "--n-units", "101"], "has 202 atoms, expected ≤ 200"),
+        (["NaCl", "--n-units", "0"], "n_units is"),
+        (["NaCl", "--n-samples", "0"], "n_samples is 0"),
+        (["NaCl", "--minutes", "-1"], "minutes is -1"),
+        (["NaCl", "--checkpoint", "nowhere"], "checkpoint is 'nowhere'"),
+        (["NaCl", "--calculator", "nowhere"], "calculator"),
+        (["NaCl", "--xrd", "nowhere.xy"], "xrd file 'nowhere.xy' cannot be read"),
+        (["nowhere.csv"], "'nowhere.csv' cannot be read as CSV"),
+        (["bad.csv"], "'bad.csv', row 2"),
+        (["other.csv"], "expected a column 'formula'"),
+        (["NaCl", "--output", "bad.csv"], "bad.csv"),
+        (["NaCl", "--output", "full"], "exists; --resume leaves it out, --overwrite replaces it"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_line_before_any_work(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("contsp_core.app.prediction.predict", lambda *_: pytest.fail("work was done"))
+    (tmp_path / "bad.csv").write_text("formula\nNaCl\nNaXx\n")
+    (tmp_path / "other.csv").write_text("name\nNaCl\n")
+    (tmp_path / "full" / "NaCl").mkdir(parents=True)
+    with pytest.raises(SystemExit) as error:
+        cli.main(["predict", "--checkpoint", "prototypes", *arguments])
+    assert message in str(error.value)
+    assert str(error.value).startswith("error: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_is_evaluated(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run(capsys, "evaluate", "prototypes", "--n-structures", "2", "--n-samples", "1", "--n-jobs", "1")
+    assert 0 <= json.loads(done.out)["match_rate"] <= 1
+    assert (tmp_path / "evaluations" / "prototypes_prototypes" / "summary.json").is_file()
+
+
+def test_an_energy_is_audited(tmp_path, capsys):
+    path = tmp_path / "salt.cif"
+    ROCK_SALT.to(str(path))
+    done = run(capsys, "audit", str(path), "--checkpoint", "prototypes")
+    assert "supercell" in done.out
+    assert "jump" not in done.out
+    with pytest.raises(SystemExit, match=r"nowhere\.cif' cannot be read as a crystal"):
+        cli.main(["audit", str(tmp_path / "nowhere.cif")])
+
+
+def test_training_is_one_of_the_commands():
+    with pytest.raises(SystemExit, match="--minutes is -1"):
+        cli.main(["train", "--dataset", "prototypes", "--minutes", "-1"])
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "contsp predict SrTiO3" in capsys.readouterr().out
