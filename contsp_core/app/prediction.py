@@ -62,6 +62,7 @@ Source = Literal["chains", "templates", "both"]
 MAX_ATOMS = 200  # of a cell
 N_SIZES = 3  # numbers of formula units that are tried, of those that training crystals have
 ROUND = 8  # chains of each size between two looks at the clock
+CONFIDENCE = (1.0, 3.0, -1.0)  # see confidence
 SYMPREC = 0.1  # Å
 PEAK_WIDTH = 0.2  # standard deviation of a peak of a simulated powder pattern, degrees
 STRETCHES = np.linspace(0.94, 1.06, 49)  # of the lattice, tried when a pattern is compared
@@ -367,3 +368,19 @@ def contact_sheet(prediction: Prediction, n: int = 4) -> Figure:
     """The best n crystals side by side in their conventional cells."""
     titles = [f"{rank}: {group}" for rank, group in prediction.table["space group"].head(n).items()]
     return draw_crystals([standardise(structure) for structure in prediction.best[:n]], titles)
+
+
+def confidence(energies: np.ndarray, shares: np.ndarray, parameters: Sequence[float] = CONFIDENCE) -> np.ndarray:
+    """How likely each crystal of a formula is the right one, (n,), calibrated on validation crystals.
+
+    A conditional logit: exp(s) / (exp(c) + Σ exp(s)) with s = a ln(share) − b (E − lowest E); exp(c) stands for a
+    crystal that was not found. ``notebooks/ranking.py`` fits (a, b, c) and tests them on other crystals.
+
+    Args:
+        energies: (n,) per atom, dimensionless.
+        shares: (n,) share of the candidates that ended in each crystal.
+    """
+    a, b, c = parameters
+    scores = a * np.log(shares) - b * (energies - energies.min())
+    weights = np.exp(scores - scores.max())
+    return weights / (np.exp(c - scores.max()) + weights.sum())

@@ -1,0 +1,142 @@
+"""Which of the crystals found for a formula is right? Energies at several levels, how many chains agree, and both.
+
+``python notebooks/ranking.py --dataset mp20`` samples validation crystals, fits the confidence of ``app.prediction``
+to half of them, tests it on the other half, and writes ``figures/04_confidence_mp20.csv`` and ``.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from pymatgen.core import Structure
+from scipy.optimize import minimize
+
+from contsp_core import Crystals, load_model
+from contsp_core.app.prediction import confidence
+from contsp_core.csp.candidates import N_DESCENT, descend, rank_distinct, with_energies
+from contsp_core.csp.evaluation import EvaluationConfig, evaluate_checkpoint
+from contsp_core.csp.figures import COLORS, new_figure, save_figure, styled
+from contsp_core.csp.metrics import run_with_time_limit, score_pair
+from contsp_core.energy import ContinuousCGCNN
+
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)  # Å
+BINS = np.array([0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
+
+
+def rank_all(model: ContinuousCGCNN, references: list[Structure], samples: list[list[Structure]]) -> pd.DataFrame:
+    """A row a crystal found: ``formula`` (its number), ``share`` of the chains, energies, whether it is right."""
+    rows = []
+    for number, (reference, drawn) in enumerate(zip(references, samples, strict=True)):
+        settled = with_energies(model, descend(model, [s for s in drawn if s is not None], N_DESCENT))
+        groups = rank_distinct(settled, n_jobs=1)
+        best = [group[0] for group in groups]
+        scores = run_with_time_limit(score_pair, [(s, reference) for s in best], 1, progress=False)
+        crystals = Crystals.from_structures(best)
+        with torch.no_grad():
+            levels = {f"E {s} Å": model(crystals, torch.full((len(best),), s)).tolist() for s in LEVELS}
+        for place, (group, score) in enumerate(zip(groups, scores, strict=True)):
+            right = score is not None and score.strict
+            row = {"formula": number, "share": len(group) / len(settled), "energy": group[0].properties["energy"]}
+            rows.append(row | {name: values[place] for name, values in levels.items()} | {"right": right})
+    return pd.DataFrame(rows)
+
+
+def fit(table: pd.DataFrame) -> np.ndarray:
+    """(a, b, c) of :func:`confidence` with the largest likelihood; a right crystal found twice counts as one."""
+    groups = [part for _, part in table.groupby("formula")]
+
+    def loss(parameters: np.ndarray) -> float:
+        total = 0.0
+        for part in groups:
+            chances = confidence(part["energy"].to_numpy(), part["share"].to_numpy(), tuple(parameters))
+            found = float(chances[part["right"].to_numpy()].sum()) if part["right"].any() else 1 - float(chances.sum())
+            total -= np.log(max(found, 1e-9))
+        return total + 1e-3 * float(np.square(parameters).sum())
+
+    return minimize(loss, np.array([1.0, 3.0, 0.0]), method="Nelder-Mead").x
+
+
+def first_is_right(table: pd.DataFrame, score: pd.Series) -> float:
+    """Share of all formulas where the crystal of the highest score is right."""
+    best = score.groupby(table["formula"]).idxmax()
+    return float(table.loc[best, "right"].mean())
+
+
+def compare(table: pd.DataFrame, parameters: tuple[float, ...]) -> pd.DataFrame:
+    """How often the first answer is right (strict), by what it is chosen."""
+    chances = [
+        confidence(p["energy"].to_numpy(), p["share"].to_numpy(), parameters) for _, p in table.groupby("formula")
+    ]
+    table = table.assign(confidence=np.concatenate(chances))
+    scores = {"energy": -table["energy"], "share of the chains": table["share"] - 1e-6 * table["energy"]}
+    scores |= {name: -table[name] for name in table.columns if name.startswith("E ")}
+    scores |= {"confidence": table["confidence"], "any (ceiling)": table["right"].astype(float)}
+    return pd.DataFrame({"first is right": {name: first_is_right(table, score) for name, score in scores.items()}})
+
+
+@styled
+def plot_reliability(chances: np.ndarray, right: np.ndarray, title: str) -> Figure:
+    """Observed share of right crystals against the confidence, with binomial standard errors; below, how many."""
+    figure, axes = new_figure(1, 1, size=(3.6, 3.2))
+    ax, places = axes[0, 0], np.digitize(chances, BINS[1:-1])
+    ax.plot([0, 1], [0, 1], color="0.6", lw=0.8)
+    for place in np.unique(places):
+        inside = places == place
+        n, mean, rate = inside.sum(), chances[inside].mean(), right[inside].mean()
+        ax.errorbar(mean, rate, np.sqrt(max(rate * (1 - rate), 0.25 / n) / n), fmt="o", color=COLORS[0])
+        ax.annotate(str(n), (mean, rate), textcoords="offset points", xytext=(5, -10), fontsize=7)
+    ax.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(-0.03, 1.03), title=title)
+    return figure
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", default="mp20")
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--n-structures", type=int, default=150)
+    parser.add_argument("--n-samples", type=int, default=20)
+    parser.add_argument("--samples", type=Path, help="folder of the samples (default runs/ranking_<dataset>)")
+    parser.add_argument("--output", type=Path, help="a .csv (default figures/04_confidence_<dataset>.csv)")
+    options = parser.parse_args()
+    output = options.output or Path(__file__).parent.parent / "figures" / f"04_confidence_{options.dataset}.csv"
+    settings = EvaluationConfig(split="val", n_structures=options.n_structures, n_samples=options.n_samples)
+    checkpoint = options.checkpoint or options.dataset
+    folder = options.samples or Path("runs") / f"ranking_{options.dataset}"
+    found = evaluate_checkpoint(checkpoint, options.dataset, folder, settings)
+    table = rank_all(load_model(checkpoint), found.references.structures, found.predictions)
+    table.to_csv(output, index=False, float_format="%.5g")
+    even = table["formula"] % 2 == 0
+    report(table[even], table[~even], output, options)
+
+
+def report(training: pd.DataFrame, testing: pd.DataFrame, output: Path, options: Any) -> None:
+    """Print the fit on one half and what it is worth on the other; write the figure."""
+    parameters = tuple(fit(training).round(3).tolist())
+    sizes = [part["formula"].nunique() for part in (training, testing)]
+    print(f"{sizes[0]} formulas to fit, {sizes[1]} to test; a, b, c = {parameters}")
+    print((100 * compare(testing, parameters)).round(1).to_string())
+    parts = [part for _, part in testing.groupby("formula")]
+    chances = [confidence(part["energy"].to_numpy(), part["share"].to_numpy(), parameters) for part in parts]
+    first = np.array([chance.max() for chance in chances])
+    right = np.array([part["right"].to_numpy()[chance.argmax()] for part, chance in zip(parts, chances)])
+    print(
+        f"first answers: confidence {first.mean():.3f} in the mean, right {right.mean():.3f}; "
+        f"Brier score {np.square(first - right).mean():.3f}, of their mean alone {right.var():.3f}"
+    )
+    every = np.concatenate(chances), np.concatenate([part["right"].to_numpy() for part in parts])
+    save_figure(
+        plot_reliability(*every, options.dataset),
+        output.with_suffix(".png"),
+        {k: str(v) for k, v in vars(options).items()},
+    )
+
+
+if __name__ == "__main__":
+    main()
