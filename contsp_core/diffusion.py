@@ -190,7 +190,7 @@ def reverse_diffusion(
     that it removes, and adds back noise of the level below (ancestral sampling, Song et al., arXiv 2011.13456, Appendix
     F); the last goes to the mean of the clean crystals. The levels alone, one gradient each, leave atoms in poor wells.
     """
-    for index, (sigma, atoms, cell) in enumerate(_schedule(model.config, config)):
+    for index, (sigma, atoms, cell) in enumerate(schedule(model.config, config)):
         score_positions, score_strain = score(model, crystals, torch.full_like(crystals.cell[:, 0, 0], sigma))
         strain = cell.variance * score_strain + cell.noise * crystals.random_cells(rng)
         strain = strain * (LARGEST_STRAIN / strain.norm(dim=(1, 2), keepdim=True).clamp(min=LARGEST_STRAIN))
@@ -220,7 +220,7 @@ def _langevin(width: float, config: DiffusionConfig) -> _Step:
     return _Step(variance, math.sqrt(2 * variance * config.temperature))
 
 
-def _schedule(energy: EnergyConfig, config: DiffusionConfig) -> list[tuple[float, _Step, _Step]]:
+def schedule(energy: EnergyConfig, config: DiffusionConfig) -> list[tuple[float, _Step, _Step]]:
     """σ, step of the atoms (Å) and step of the strain of each move; the strain rests where its width is capped."""
     n_levels = min(config.n_levels, config.n_steps)
     first, last = (math.log10(cast(float, x)) for x in (config.noise_first or energy.noise_max, energy.noise_min))

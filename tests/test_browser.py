@@ -1,4 +1,4 @@
-"""A crystal turns in JupyterLab: the notebook of predictions is opened and run in a real browser, and looked at.
+"""Crystals turn in a real browser, and are looked at: in the notebook of predictions in JupyterLab, and on pages.
 
 Needs Debian's ``chromium`` and ``chromium-driver``, and ``pip install selenium``; pictures are kept in ``.browser/``.
 """
@@ -21,6 +21,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from movies import Frame, write_slider
+from player import view_static
+from pymatgen.core import Lattice, Structure
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / ".browser"
@@ -155,3 +158,79 @@ def test_the_predicted_crystal_is_drawn_turns_and_has_labels(lab, browser):
     ActionChains(browser).move_to_element_with_offset(canvas, int(column), int(row)).pause(1).perform()
     wait_for(lambda: re.search(r"O \(atom \d+\)", browser.page_source), 20, "label under the mouse")
     browser.save_screenshot(str(KEPT / "turned.png"))
+
+
+def frames(n_frames: int) -> list[Frame]:
+    """Rutile that forms on a straight path from other places."""
+    oxygen = 0.305
+    places = np.array([[0, 0, 0], [0.5, 0.5, 0.5], [oxygen, oxygen, 0], [-oxygen, -oxygen, 0]])
+    places = np.vstack([places, [[0.5 + oxygen, 0.5 - oxygen, 0.5], [0.5 - oxygen, 0.5 + oxygen, 0.5]]])
+    away, found = np.random.default_rng(0).uniform(-0.4, 0.4, places.shape), []
+    for step, part in enumerate(np.linspace(1, 0, n_frames)):
+        lattice = Lattice.tetragonal(4.6 + part, 2.96)
+        structure = Structure(lattice, ["Ti"] * 2 + ["O"] * 4, places + part * away)
+        found.append(Frame(step, structure, part - 1.6, 0.02 + part, "noise level σ (Å)", None))
+    return found
+
+
+def mean_change(first: np.ndarray, second: np.ndarray) -> float:
+    return float(np.abs(first - second).mean())
+
+
+def test_the_film_is_drawn_follows_the_slider_plays_turns_and_has_labels(browser, tmp_path):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    KEPT.mkdir(exist_ok=True)
+    browser.get(write_slider(frames(9), tmp_path / "film.html").as_uri())
+    find = browser.find_element
+
+    def said() -> str:
+        return find("css selector", ".crystal").text
+
+    canvas, curve = (find("css selector", f".crystal canvas.{name}") for name in ("turn", "curve"))
+    slide = "const s = document.querySelector('input'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))"
+    pictures, curves = [], []
+    for step in (0, 4, 8):
+        browser.execute_script(slide, step)
+        pictures.append(picture(canvas, KEPT / f"film_{step}.png"))
+        curves.append(picture(curve, KEPT / "film_curve.png"))
+        assert f"step {step} of 8" in said()
+        drawn = (pictures[-1] < 240).any(axis=2)
+        assert 0.03 < drawn.mean() < 0.6 and pictures[-1][drawn].std() > 30
+        drawn[2:-2, 2:-2] = False
+        assert not drawn.any()  # none of it is cut off
+    assert mean_change(*pictures[:2]) > 3 and mean_change(*pictures[1:]) > 3
+    assert mean_change(*curves[:2]) > 0.05 and mean_change(*curves[1:]) > 0.05  # the dots have moved
+    label = find("css selector", ".crystal .label")
+    ActionChains(browser).move_to_element(canvas).pause(0.5).perform()  # titanium in the middle of the cell
+    assert label.value_of_css_property("visibility") == "visible"
+    assert re.fullmatch(r"(Ti|O) \(atom \d\)( – (Ti|O) \(atom \d\): [12]\.\d\d Å)?", label.text)
+    ActionChains(browser).drag_and_drop_by_offset(canvas, 90, 50).perform()
+    turned = picture(canvas, KEPT / "film_turned.png")
+    assert mean_change(turned, pictures[-1]) > 3
+    find("css selector", ".crystal button").click()
+    wait_for(lambda: "pause" in said(), 5, "film")
+    wait_for(lambda: "play" in said(), 20, "end of the film")
+    assert "step 8 of 8" in said()
+    assert mean_change(picture(canvas, KEPT / "film_played.png"), turned) < 1
+    browser.save_screenshot(str(KEPT / "film.png"))
+    assert browser.get_log("browser") == []
+
+
+def test_static_view_turns_on_a_saved_page_and_is_the_still_without_scripts(browser, tmp_path):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    views = [view_static(frame.structure)._repr_html_() for frame in frames(2)]
+    page = tmp_path / "page.html"
+    page.write_text("<meta charset='utf-8'>" + views[0] + views[1])
+    browser.get(page.as_uri())
+    canvases = browser.find_elements("css selector", ".crystal canvas.turn")
+    assert len(canvases) == 2 and browser.find_elements("css selector", ".crystal img") == []
+    before = [picture(canvas, KEPT / f"static_{index}.png") for index, canvas in enumerate(canvases)]
+    ActionChains(browser).drag_and_drop_by_offset(canvases[0], 90, 50).perform()
+    after = [picture(canvas, KEPT / f"static_{index}_turned.png") for index, canvas in enumerate(canvases)]
+    assert mean_change(before[0], after[0]) > 3 and mean_change(before[1], after[1]) < 1  # each by itself
+    page.write_text("<meta charset='utf-8'>" + re.sub("<script.*?</script>", "", views[1], flags=re.DOTALL))
+    browser.get(page.as_uri())
+    still = picture(browser.find_element("css selector", ".crystal img"), KEPT / "static_still.png")
+    assert (still < 240).any(axis=2).mean() > 0.05

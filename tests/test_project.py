@@ -27,12 +27,9 @@ MODULES = sorted((ROOT / "contsp_core").rglob("*.py"))
 CORE = ["crystals", "lattice", "data", "graph", "energy", "kernels", "mala", "diffusion", "sampler"]
 CORE += ["checkpoints", "training", "transformations", "invariance"]
 CSP = ["metrics", "candidates", "evaluation", "figures", "views"]
-APP = ["calculators", "prediction", "movies", "cli"]
-LAYERS = [
-    *CORE,
-    *(f"csp.{name}" for name in CSP),
-    *(f"app.{name}" for name in APP),
-]  # from the bottom to the top; each may import those before it
+APP = ["calculators", "prediction", "cli"]
+# from the bottom to the top; each may import those before it
+LAYERS = [*CORE, *(f"csp.{name}" for name in CSP), *(f"app.{name}" for name in APP)]
 DRAWING = ("csp.figures", "csp.views")
 NEEDED_BY_TORCH = ["filelock", "fsspec", "functorch", "jinja2", "markupsafe", "mpmath", "networkx", "sympy", "torchgen"]
 NEEDED_BY_TORCH += ["typing_extensions"]
@@ -117,7 +114,7 @@ def lines_of(paths: list[Path]) -> int:
 
 @pytest.mark.parametrize(
     ("folder", "max_modules", "max_lines"),
-    [("contsp_core", 14, 3600), ("contsp_core/csp", 5, 1500), ("contsp_core/app", 4, 900)],
+    [("contsp_core", 14, 3600), ("contsp_core/csp", 5, 1500), ("contsp_core/app", 4, 800)],
 )
 def test_package_can_be_read_in_one_sitting(folder, max_modules, max_lines):
     paths = sorted((ROOT / folder).glob("*.py"))

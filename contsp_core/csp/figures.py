@@ -76,26 +76,28 @@ class Drawing(NamedTuple):
     edges: np.ndarray  # (12, 2, 3), ends of the edges of the cell
 
 
-def lay_out(structure: Structure, azimuth: float = 24.0, elevation: float = 18.0) -> Drawing:
+def lay_out(
+    structure: Structure, azimuth: float = 24.0, elevation: float = 18.0, boundary: float = BOUNDARY
+) -> Drawing:
     """The cell with the atoms on its boundary repeated, seen from a direction (degrees, see :func:`view_rotation`)."""
     rotated = structure.lattice.matrix @ view_rotation(structure.lattice.matrix, azimuth, elevation)
-    frac_coords, index = boundary_atoms(structure)
+    frac_coords, index = boundary_atoms(structure, boundary)
     numbers, positions = np.array(structure.atomic_numbers)[index], frac_coords @ rotated
     corners = [[np.insert(c, axis, end) for end in (0, 1)] for axis in range(3) for c in np.ndindex(2, 2)]
     return Drawing(positions, index, numbers, find_bonds(positions, numbers), np.array(corners) @ rotated)
 
 
-def boundary_atoms(structure: Structure) -> tuple[np.ndarray, np.ndarray]:
-    """Atoms to draw in a cell: those inside, and the images of those on a face, an edge or a corner.
+def boundary_atoms(structure: Structure, boundary: float = BOUNDARY) -> tuple[np.ndarray, np.ndarray]:
+    """Atoms to draw in a cell: those inside, and the images of those (nearly) on a face, an edge or a corner.
 
     Returns:
         frac_coords (n_drawn, 3), and the index (n_drawn,) of the atom that each is an image of.
     """
     wrapped = structure.frac_coords % 1.0
-    wrapped[wrapped > 1.0 - BOUNDARY] -= 1.0
+    wrapped[wrapped > 1.0 - boundary] -= 1.0
     frac_coords, index = [], []
     for atom, frac in enumerate(wrapped):
-        for shift in itertools.product(*((0, 1) if abs(x) < BOUNDARY else (0,) for x in frac)):
+        for shift in itertools.product(*((0, 1) if abs(x) < boundary else (0,) for x in frac)):
             frac_coords.append(frac + shift)
             index.append(atom)
     return np.array(frac_coords), np.array(index)
@@ -186,7 +188,7 @@ def draw_crystal(structure: Structure, ax: Axes | None = None, title: str | None
         structure: an ordered pymatgen structure.
         ax: axes to draw into; a new figure if not given.
         title: text above the picture; the formula if not given, nothing if empty.
-        direction: ``azimuth`` and ``elevation`` of the view, degrees.
+        direction: ``azimuth`` and ``elevation`` of the view, degrees; ``boundary`` of :func:`lay_out`.
     """
     from ase.data.colors import jmol_colors
     from matplotlib.collections import PathCollection
