@@ -94,7 +94,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def find_checkpoint(name_or_path: str | Path) -> Path:
     """The file of a bundled checkpoint by name, or the path itself; a ValueError, naming the bundled ones, if none."""
     bundled = CHECKPOINTS / f"{name_or_path}.safetensors"
-    path = bundled if bundled.is_file() else Path(name_or_path)
+    path = bundled if bundled.is_file() else Path(str(name_or_path))
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in CHECKPOINTS.glob("*.safetensors"))) or "none bundled"
         raise ValueError(f"checkpoint is {str(name_or_path)!r}, expected a .safetensors file or one of: {names}")
@@ -128,4 +128,5 @@ def load_model(name_or_path: str | Path, device: str | torch.device | None = Non
             if name in tensors and not tensors[name].isfinite().all():
                 raise ValueError(f"{name} holds numbers that are not finite")
         model.load_state_dict(tensors, assign=True)
-    return model.to(device or "cpu").eval().requires_grad_(False)
+    with retold(f"device is {device!r}, which fails", RuntimeError, AssertionError):
+        return model.to(device or "cpu").eval().requires_grad_(False)

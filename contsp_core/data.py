@@ -304,7 +304,7 @@ def parse_formula(text: str) -> list[int]:
 
 def resolve_species(entries: Sequence[str | Sequence[int]]) -> list[list[int]]:
     """Atomic-number lists from a sequence of formulas and atomic-number lists; a ValueError tells of anything else."""
-    if isinstance(entries, str) or not len(entries):
+    if isinstance(entries, str) or not isinstance(entries, Sequence) or not len(entries):
         raise ValueError(f'species is {entries!r}, expected a list like ["BaTiO3", [11, 17]]')
     species = []
     for entry in entries:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from contsp_core.crystals import MAX_ATOMIC_NUMBER, Crystals, Rng, keyed_rng, pack, random_rows
+from contsp_core.data import resolve_species, retold
 from contsp_core.diffusion import DiffusionConfig, reverse_diffusion, strain_width
 from contsp_core.energy import ContinuousCGCNN
 from contsp_core.lattice import apply_strain
@@ -167,18 +168,16 @@ def sample_structures(
     """
     from tqdm.auto import tqdm
 
-    from contsp_core.data import resolve_species
-
     given = {"n_samples": n_samples, "n_steps": n_steps, "batch_atoms": batch_atoms, "seed": seed, "first": first}
     for name, value in given.items():
-        least = 0 if name in ("seed", "first") else 1
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        least, left_out = 0 if name in ("seed", "first") else 1, value is None and name in ("n_steps", "batch_atoms")
+        if not left_out and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ValueError(f"{name} is {value!r}, expected an integer ≥ {least}")
     entries = [tuple(sorted(numbers)) for numbers in resolve_species(species)]
-    config = sampling_config(model)
-    config = config if n_steps is None else replace(config, n_steps=n_steps)
+    config = sampling_config(model) if n_steps is None else replace(sampling_config(model), n_steps=n_steps)
     if device is not None:
-        model = copy.deepcopy(model).to(device)
+        with retold(f"device is {device!r}, which fails", RuntimeError, AssertionError):
+            model = copy.deepcopy(model).to(device)
     numbered = range(first, first + n_samples)
     chains = [(numbers, n) for numbers in sorted(set(entries), key=lambda e: (len(e), e)) for n in numbered]
     plain = not model.use_kernels and next(model.parameters()).device.type == "cpu"

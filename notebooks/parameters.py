@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from contsp_core.data import DATA_DIR, DATASETS
+from contsp_core.data import DATA_DIR, DATASETS, retold
 
 CHECKPOINTS = DATA_DIR / "checkpoints"
 INJECTED = "# Parameters\n"  # first line of the cell that papermill adds
@@ -149,5 +149,6 @@ def output_folder(output_dir: str | Path) -> Path:
     redirected = os.environ.get("CONTSP_OUTPUT_DIR")
     if redirected:
         folder = Path(redirected, *(part for part in folder.parts if part not in ("..", folder.anchor)))
-    folder.mkdir(parents=True, exist_ok=True)
+    with retold(f"output_dir={str(output_dir)!r} cannot be made", OSError, kind=OSError):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -22,7 +22,7 @@ from contsp_core.csp.candidates import SOURCES
 from contsp_core.csp.evaluation import (
     METHODS,
     EvaluationConfig,
-    check_settings,
+    compare_settings,
     evaluate_checkpoint,
     evaluate_cifs,
     fill_folder,
@@ -202,10 +202,10 @@ def test_a_write_that_fails_leaves_no_file_that_looks_complete(tmp_path, monkeyp
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path):
-    check_settings(tmp_path, {"seed": 0, "n_steps": None})
-    check_settings(tmp_path, {"seed": 0, "n_steps": None})
+    compare_settings(tmp_path, {"seed": 0, "n_steps": None})
+    compare_settings(tmp_path, {"seed": 0, "n_steps": None})
     with pytest.raises(ValueError, match="seed=0, expected 1: choose another folder") as error:
-        check_settings(tmp_path, {"seed": 1, "n_steps": None})
+        compare_settings(tmp_path, {"seed": 1, "n_steps": None})
     assert "\n" not in str(error.value)
 
 
@@ -294,9 +294,10 @@ def test_a_folder_of_perfect_cifs_scores_perfectly_and_missing_files_count(check
     ("options", "message"),
     [
         ({"source": "guess"}, "source is 'guess'"),
-        ({"n_samples": 0}, "n_samples is 0, expected ≥ 1"),
-        ({"n_structures": -5}, "n_structures is -5, expected ≥ 1"),
-        ({"seed": -1}, "seed is -1, expected ≥ 0"),
+        ({"n_samples": 0}, "n_samples is 0, expected an integer ≥ 1"),
+        ({"n_structures": -5}, "n_structures is -5, expected an integer ≥ 1"),
+        ({"seed": -1}, "seed is -1, expected an integer from 0"),
+        ({"n_samples": "2"}, "n_samples is '2', expected an integer"),
         ({"n_jobs": 0}, "n_jobs is 0, expected -1 .all cores. or an integer ≥ 1"),
         ({"n_jobs": -2}, "n_jobs is -2, expected -1 "),
         ({"n_jobs": 1.5}, "n_jobs is 1.5, expected -1 "),

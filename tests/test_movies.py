@@ -6,7 +6,9 @@ import itertools
 import json
 import re
 
+import movies
 import numpy as np
+import player
 import pytest
 import torch
 from movies import record_chain
@@ -14,7 +16,6 @@ from PIL import Image
 from pymatgen.core import Lattice, Structure
 
 from contsp_core import diffusion, load_model, mala
-from contsp_core.app import movies, player
 from contsp_core.csp.figures import lay_out
 from contsp_core.energy import ContinuousCGCNN, EnergyConfig
 from contsp_core.mala import AnnealConfig

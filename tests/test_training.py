@@ -220,6 +220,8 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
     moments = ((0, 0), (3, 0), (9, 0.5), (99, 1))
     assert [training._learning_rate(config, *moment) for moment in moments] == pytest.approx([0.5, 2.0, 1.1, 0.2])
     assert training._learning_rate(PAPER, 17, 0.7) == pytest.approx(1e-3)  # constant
+    short = replace(config, n_updates=20)  # a tenth of it is two updates
+    assert [training._learning_rate(short, update, 0) for update in (0, 1, 2)] == pytest.approx([1.0, 2.0, 2.0])
 
 
 def test_training_repeats_with_its_seed():

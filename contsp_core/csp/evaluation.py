@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -24,9 +25,10 @@ from pymatgen.io.cif import CifWriter
 from tqdm import tqdm
 
 from contsp_core.checkpoints import find_checkpoint, load_model, read_settings
+from contsp_core.crystals import check_settings
 from contsp_core.csp.candidates import N_STEPS, SOURCES, TemplateLibrary, make_candidates, with_energies
 from contsp_core.csp.metrics import LISTS, check_limits, evaluate_csp, run_with_time_limit, spread
-from contsp_core.data import choose, load_split, parse_cifs, write_whole
+from contsp_core.data import choose, load_split, parse_cifs, retold, write_whole
 from contsp_core.diffusion import DiffusionConfig
 from contsp_core.sampler import sampling_config
 
@@ -69,11 +71,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise ValueError(f"source is {self.source!r}, expected one of {', '.join(SOURCES)}")
-        for name, least in {"n_structures": 1, "n_samples": 1, "n_steps": 1, "seed": 0, "chunk_atoms": 1}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}, expected ≥ {least}")
         check_limits(self.n_jobs, self.time_limit_s)
+        check_settings(self, seed=(0, 2**62), n_jobs=(-1, math.inf))
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def evaluate_checkpoint(
     training = load_split(dataset, "train") if source.startswith("templates") else None
     n_steps, blob_id = _steps(source, model, settings.n_steps), training and training.source.blob_id
     record |= {"n_samples": n_samples, "n_steps": n_steps, "training_data": blob_id}
-    check_settings(folder, {name: value for name, value in record.items() if name != "n_structures"})
+    compare_settings(folder, {name: value for name, value in record.items() if name != "n_structures"})
     options = {"source": source, "n_samples": n_samples, "n_steps": n_steps or None, "seed": settings.seed}
     options |= {"batch_atoms": settings.chunk_atoms}
     make = partial(_make, model, None if training is None else pickle.dumps(training), options)
@@ -226,13 +225,15 @@ def crystal_folder(folder: str | Path, material_id: str) -> Path:
     return Path(folder) / material_id
 
 
-def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+def compare_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Write the settings of the samples in a folder, or compare them with those found: a ValueError if they differ."""
     path, settings = folder / SETTINGS, json.loads(json.dumps(settings, default=str))
     if not path.is_file():
-        write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        with retold(f"output_dir {str(folder)!r} cannot be written", OSError, kind=OSError):
+            write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
+    with retold(f"{path} is damaged", ValueError):
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
     for name in sorted(found.keys() | settings.keys()):
         if found.get(name) != settings.get(name):
             made = f"samples made with {name}={found.get(name)!r}, expected {settings.get(name)!r}"
