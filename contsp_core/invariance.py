@@ -201,8 +201,8 @@ def audit(
         measured; ``infinite``; ``impossible``; ``max_change``, |ΔE| (of probes over the shortest step, about 10⁻⁸ Å);
         ``floor``, what rounding may do to it: 10 times :func:`rounding_noise`, for transformations 200 times or more;
         for probes ``lipschitz``, the largest |ΔE|/δ (1/Å) above the floor, and ``exponent``, x in |ΔE| ∝ δˣ over the
-        shortest two steps above it; ``n_checked`` crystals. ``attrs`` holds the seed and ``energy_std``, the standard
-        deviation over the crystals, because a constant energy passes any audit.
+        shortest two steps above it; ``n_checked`` crystals. ``attrs`` holds the seed; ``energy_std`` over the crystals,
+        as a constant energy passes any audit; and ``profiles``, {probe: (steps, |ΔE|)} of these worst crystals.
 
     A ValueError tells of an unknown name, or of an energy of the wrong shape.
     """
@@ -229,7 +229,8 @@ def audit(
             bar.update(len(crystals))
     columns = "check kind verdict max_change floor lipschitz exponent material_id index n_checked"
     table = pd.DataFrame(rows, columns=columns.split())
-    table.attrs = {"seed": seed, "energy_std": float(function(crystals).std(correction=0))}
+    profiles = {row["check"]: row["profile"] for row in rows if "profile" in row}
+    table.attrs = {"seed": seed, "energy_std": float(function(crystals).std(correction=0)), "profiles": profiles}
     return table
 
 
@@ -304,18 +305,18 @@ def _continuity(function: Energy, path: Path, floor: Tensor, rng: torch.Generato
     else:
         place, width, change = _search(function, path, path.grid, floor)
     floor = torch.maximum(floor, MARGIN * rounding_noise(function, path.at(place), rng))
-    visible = change > floor
-    pairs = visible[1:] & visible[:-1]
+    pairs = (change[1:] > floor) & (change[:-1] > floor)
     last = (pairs * torch.arange(len(pairs))[:, None]).amax(dim=0)
     exponent = (change.log().diff(dim=0) / width.log().diff(dim=0))[last, torch.arange(len(floor))]
     exponent = torch.where(pairs.any(dim=0) & exponent.isfinite(), exponent, torch.nan)
     verdict = np.where(exponent < 0.5, "jump", np.where(exponent >= 0.5, "continuous", "below rounding"))
     verdict = np.where((change == torch.inf).any(dim=0), "infinite", verdict)
-    lipschitz = torch.where(visible, change / width, 0).amax(dim=0)
+    lipschitz = torch.where(change > floor, change / width, 0).amax(dim=0)
     table = pd.DataFrame({"max_change": change[-1], "floor": floor, "lipschitz": lipschitz, "exponent": exponent})
     possible = np.full(len(floor), True) if path.possible is None else path.possible.numpy()
     table[~possible] = np.nan
-    return table.assign(verdict=np.where(possible, verdict, "impossible"))
+    verdict, profile = np.where(possible, verdict, "impossible"), zip(width.T.tolist(), change.T.tolist())
+    return table.assign(verdict=verdict, profile=list(profile))
 
 
 def _search(function: Energy, path: Path, grid: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -454,6 +454,16 @@ def test_swapped_neighbours_tie_at_zero(structures: list[Structure]) -> None:
     assert min(float(d[12] - d[11]) for d in sorted_distances) < 1e-12
 
 
+def test_profiles_of_the_worst_crystals_lead_to_their_rows() -> None:
+    table = audit(hard_energy, disordered(3), checks=["rotation", "strain", "volume"], cutoff=4.0, progress=False)
+    profiles = table.attrs["profiles"]
+    assert list(profiles) == ["strain", "volume"]
+    for row in table[1:].itertuples():
+        steps, changes = profiles[row.check]
+        assert len(steps) == len(changes) == 8 and (np.diff(steps) < 0).all()
+        assert changes[-1] == row.max_change and row.lipschitz == max(np.divide(changes, steps))
+
+
 def test_profile_goes_through_the_event(structures: list[Structure]) -> None:
     unit = Crystals.from_structures(structures[:1])
     profile = continuity_profile(smooth_energy, unit, np.linspace(-0.1, 0.1, 5), cutoff=4.0)

@@ -42,6 +42,7 @@ BY_GPU_WHEELS = ("nvidia-", "cuda-", "triton")  # what a CUDA build of torch pin
 SILENCED = re.compile("# ?" + "noqa")
 DEFINITION = ast.FunctionDef | ast.ClassDef
 TORCH_METHODS = ("forward", "backward", "setup_context")  # torch documents these
+UNPINNED = ("all", "potential")  # a name for others; for users, imported nowhere
 LINTERS = ("ruff check", "ruff format --check", "mypy")
 IMPORT_ALL = """
 import pathlib, pkgutil, importlib, numpy, torch
@@ -104,7 +105,7 @@ def direct() -> dict[str, Requirement]:
     content = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = content["project"]["optional-dependencies"]
     lines = [*content["project"]["dependencies"], *content["build-system"]["requires"]]
-    lines += [line for name, extra in extras.items() if name != "all" for line in extra]
+    lines += [line for name, extra in extras.items() if name not in UNPINNED for line in extra]
     return {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, lines)}
 
 

@@ -54,7 +54,7 @@ def test_example_runs_as_printed(tmp_path, example):
 def test_every_module_and_every_notebook_is_listed():
     table = TEXT[TEXT.index("## How to read the code") :]
     modules = [path.stem for path in ROOT.glob("contsp_core/**/*.py") if path.stem != "__init__"]
-    assert [name for name in modules if not re.search(rf"`(csp[./])?{name}(\.py)?`", table)] == []
+    assert [name for name in modules if not re.search(rf"`((csp|app)[./])?{name}(\.py)?`", table)] == []
     for name in re.findall(r"^\| `([\w./]*\w)`", table, re.MULTILINE):
         stem = re.split(r"[./]", name.removesuffix(".py"))[-1]
         assert stem in [*modules, "csp"], f"{name} is listed, but there is no such module"

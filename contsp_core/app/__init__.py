@@ -1,1 +1,1 @@
-"""What a user types and takes along: predictions, other calculators, films, the command line."""
+"""What a user types and takes along: predictions, other calculators, the command line."""

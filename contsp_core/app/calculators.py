@@ -126,7 +126,7 @@ def relax_and_rank(
         try:
             relaxed.append(_relax(structure, calculator, max_steps, force_tolerance))
         except Exception as error:  # calculators fail in as many ways as there are calculators
-            structure.properties["calculator_error"] = one_line(error)
+            structure.properties = structure.properties | {"calculator_error": one_line(error)}  # copies share theirs
             failed.append(structure)
     return sorted(relaxed, key=lambda s: s.properties["calculator_energy"]) + failed + ordered[n_best:]
 
