@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from contsp_core.crystals import Crystals
+from contsp_core.energy import energy_and_gradient
 from contsp_core.invariance import PROBES, as_energy, enlarge, graph_cutoff
 
 Energy = Callable[[Crystals], Tensor]
@@ -79,6 +80,47 @@ def describe_response(scan: pd.DataFrame) -> dict[str, float | str]:
         if (sign * growth > 0).all() and (sign * change > 0).mean() >= 1 - TOLERATED_SHARE:
             behaviour = name
     return {"share_above": float((change > 0).mean()), "range": float(np.ptp(scan["energy"])), "behaviour": behaviour}
+
+
+def classify_curves(
+    energy: Energy, crystals: Crystals, atoms: Sequence[int], sigma: float = 0.05, step: float = 1e-3
+) -> pd.DataFrame:
+    """What the energy of each crystal does when one atom moves, to second order: ΔE = g·d + ½ d·H·d.
+
+    Gaussian displacements d give the mean of ΔE² as σ²|g|² + σ⁴ (½ tr H² + ¼ (tr H)²). Where the first term is more
+    than half of it the curve is a ``cone``: the crystal is at no minimum. Else it is a ``minimum`` where all three
+    curvatures are positive, and a ``saddle`` where not.
+
+    Args:
+        energy: maps a batch to (n_systems,) energies; differentiable.
+        crystals: in float64.
+        atoms: for each crystal the index of the atom that moves.
+        sigma: standard deviation of each Cartesian component of d, Å.
+        step: of the differences of g that give H, Å.
+
+    Returns:
+        Columns ``curve``; ``slope``, |g| (1/Å); ``curvature``, the smallest (1/Å²); ``slope_share``, 0 … 1; ``offset``,
+        |H⁻¹g|, how far from the atom the minimum is (Å; missing where there is none).
+    """
+    moving = torch.cumsum(crystals.n_atoms, 0) - crystals.n_atoms + torch.as_tensor(atoms)
+
+    def gradient(shift: Tensor) -> Tensor:
+        positions = crystals.positions.index_add(0, moving, shift.expand(len(moving), 3))
+        return energy_and_gradient(energy, crystals.replace(positions=positions))[2][moving]
+
+    axes = step * torch.eye(3, dtype=crystals.positions.dtype)
+    slope = gradient(0 * axes[0])
+    hessian = torch.stack([gradient(axis) - gradient(-axis) for axis in axes], dim=1) / (2 * step)
+    hessian = (hessian + hessian.mT) / 2
+    curvatures = torch.linalg.eigvalsh(hessian)
+    linear = sigma**2 * slope.square().sum(dim=1)
+    quadratic = sigma**4 * (curvatures.square().sum(dim=1) / 2 + curvatures.sum(dim=1) ** 2 / 4)
+    table = pd.DataFrame({"slope": slope.norm(dim=1), "curvature": curvatures[:, 0]})
+    table["slope_share"] = (linear / (linear + quadratic).clamp(min=1e-300)).numpy()
+    cone, rises = table["slope_share"] > 0.5, table["curvature"] > 0
+    table.insert(0, "curve", np.select([cone, rises], ["cone", "minimum"], "saddle"))
+    offset = torch.linalg.lstsq(hessian, slope.unsqueeze(-1)).solution.norm(dim=(1, 2))
+    return table.assign(offset=np.where(rises, offset, np.nan))
 
 
 def continuity_profile(
