@@ -377,8 +377,7 @@ def run(job: Job, on_row: Callable[[Row], None] | None = None) -> TrainState:
 def _begin(job: Job) -> tuple[TrainState, Crystals]:
     """A fresh state, and the training crystals."""
     split = load_split(job.dataset, "train")
-    crystals = split.crystals.to(torch.float32)
-    crystals = crystals[choose(range(len(crystals)), job.n_structures, job.config.seed)]
+    crystals = split.crystals.to(torch.float32)[choose(range(len(split)), job.n_structures, job.config.seed)]
     sampling = job.config.chain if job.energy.noise_max is None else None
     model = load_model(job.initial) if job.initial else initial_model(crystals, job.energy, job.config.seed, sampling)
     if job.config.objective == "score_matching" and model.config.noise_max is None:
