@@ -9,6 +9,7 @@ import ase.io
 import numpy as np
 import pandas as pd
 import pytest
+import ranking
 from ase.calculators.calculator import Calculator
 from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Lattice, Structure
@@ -19,6 +20,7 @@ from contsp_core.app.prediction import (
     PredictConfig,
     agreement,
     choose_units,
+    confidence,
     doubts,
     plan,
     powder_pattern,
@@ -136,6 +138,26 @@ def test_templates_join_the_chains_and_are_counted_apart(model, library):
 )
 def test_prototypes_are_called_by_their_names(structure, name):
     assert prototype(structure) == name
+
+
+def test_confidence_is_a_probability_that_grows_with_agreement_and_falls_with_energy():
+    energies, shares, parameters = np.array([-1.0, -0.9, -0.9]), np.array([0.5, 0.4, 0.1]), (1.0, 5.0, -1.0)
+    chances = confidence(energies, shares, parameters)
+    weights = np.array([0.5, 0.4 * np.exp(-0.5), 0.1 * np.exp(-0.5)])
+    assert chances.tolist() == pytest.approx((weights / (np.exp(-1) + weights.sum())).tolist())
+    assert confidence(energies - 1e3, shares, parameters).tolist() == pytest.approx(chances.tolist())
+    assert confidence(np.zeros(1), np.ones(1), (1, 1, 0)).tolist() == [0.5]
+
+
+def test_the_fit_recovers_what_made_the_data():
+    truth, rng, rows = (0.8, 6.0, -1.0), np.random.default_rng(0), []
+    for formula in range(600):
+        energies, shares = np.sort(rng.normal(0, 0.3, 5)), rng.dirichlet(np.ones(5))
+        chances = confidence(energies, shares, truth)
+        right = rng.choice(6, p=[*chances, 1 - chances.sum()])
+        rows += [(formula, e, s, place == right) for place, (e, s) in enumerate(zip(energies, shares))]
+    table = pd.DataFrame(rows, columns=["formula", "energy", "share", "right"])
+    assert ranking.fit(table).tolist() == pytest.approx(truth, rel=0.3, abs=0.3)
 
 
 # Powder patterns

@@ -117,7 +117,7 @@ class Prediction:
             structure.properties["place"] = place
         found = relax_and_rank(numbered, calculator, n_best=len(numbered))
         groups = [[structure, *self.groups[structure.properties.pop("place")][1:]] for structure in found]
-        return replace(self, groups=groups, table=tabulate(groups))
+        return replace(self, groups=groups, table=tabulate(groups, self.n_made))
 
     def compared(self, measured: np.ndarray) -> Prediction:
         """Ranked by the :func:`agreement` with a measured powder pattern, in the table as ``xrd``."""
@@ -219,14 +219,17 @@ def predict(
     if not made:
         raise ValueError(f"formula {formula!r} has no template, expected one; source 'chains' needs none")
     groups = rank_distinct(made, config.n_best, n_jobs=config.n_jobs)
-    return Prediction(formula, groups, tabulate(groups), len(made), doubted)
+    return Prediction(formula, groups, tabulate(groups, len(made)), len(made), doubted)
 
 
-def tabulate(groups: list[list[Structure]]) -> pd.DataFrame:
-    """The table of :func:`describe` with the names of prototypes and what a calculator said."""
+def tabulate(groups: list[list[Structure]], n_made: int) -> pd.DataFrame:
+    """The table of :func:`describe`, with prototypes, what a calculator said and, for chains alone, confidence."""
     table, best = describe(groups), [group[0] for group in groups]
+    if list(table.get("chains", ())) == list(table["found"]):  # calibrated for these alone
+        chances = confidence(table["energy"].to_numpy(), table["found"].to_numpy() / n_made)
+        table.insert(1, "confidence", chances)
     names = run_with_time_limit(prototype, [(structure,) for structure in best], progress=False)
-    table.insert(2, "prototype", [name or "" for name in names])
+    table.insert(table.columns.get_loc("space group"), "prototype", [name or "" for name in names])
     for name in ("calculator_energy", "calculator_error"):
         if any(name in structure.properties for structure in best):
             table.insert(1, name, [structure.properties.get(name) for structure in best])
