@@ -176,7 +176,7 @@ def test_best_candidates_are_relaxed_and_ranked_and_nothing_is_lost():
     given = candidates()
     before = deepcopy(given)
     ranked = relax_and_rank(given, EMT(), n_best=3, max_steps=100, force_tolerance=0.02)
-    assert given == before and all(a.properties == b.properties for a, b in zip(given, before))
+    assert given == before  # properties too
     assert names(ranked) == ["fcc", "bcc", "iron", "simple"]  # iron is unknown to EMT
     fcc, bcc, iron, simple = ranked
     assert fcc.properties["energy"] == 2.0 and fcc.properties["calculator_converged"]
@@ -189,8 +189,8 @@ def test_best_candidates_are_relaxed_and_ranked_and_nothing_is_lost():
     assert bcc.properties["calculator_energy"] > fcc.properties["calculator_energy"]
     error = iron.properties["calculator_error"]
     assert error.startswith("NotImplementedError: ") and "Fe" in error and "\n" not in error
-    assert iron == before[2] and "calculator_energy" not in iron.properties
-    assert simple == before[0] and simple.properties == before[0].properties
+    assert iron.properties.pop("calculator_error") and iron == before[2]
+    assert simple == before[0]
 
 
 def test_max_steps_bounds_the_work():
