@@ -54,7 +54,7 @@ demo: $(INSTALLED)
 	done
 	$(PAPERMILL) notebooks/06_predict.ipynb demo/06_predict.ipynb -p output_dir $(CURDIR)/demo
 	@echo; echo "Figures:"; find demo -name '*.png' | sort | sed 's/^/  /'
-	@echo "Predicted crystals:"; find demo -name '*.cif' | \
+	@echo "Crystals predicted, by chains and baselines:"; find demo -name '*.cif' | \
 	    awk -F/ '{ n[$$2]++ } END { for (d in n) print "  demo/" d "/  (" n[d] " CIF files)" }' | sort
 	@echo "Executed notebooks:"; ls demo/*.ipynb | sed 's/^/  /'
 

@@ -281,6 +281,7 @@ def test_a_calculator_relaxes_ranks_and_may_fail_on_one_crystal(prediction):
     assert found.table["V/atom"].iloc[:-1].tolist() == pytest.approx([20] * (len(found.groups) - 1), abs=0.6)
     assert found.table["calculator_energy"].iloc[:-1].is_monotonic_increasing
     assert list(map(len, found.groups)) == found.table["found"].tolist()
+    assert all("calculator" not in name for structure in prediction.best for name in structure.properties)
 
 
 def test_a_measured_pattern_ranks(tmp_path, capsys):

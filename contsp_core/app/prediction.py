@@ -114,7 +114,7 @@ class Prediction:
         """Relaxed and ranked by an ASE calculator, as by :func:`relax_and_rank`; its energy is in the table."""
         numbered = [structure.copy() for structure in self.best]
         for place, structure in enumerate(numbered):
-            structure.properties["place"] = place
+            structure.properties = structure.properties | {"place": place}  # copies share theirs
         found = relax_and_rank(numbered, calculator, n_best=len(numbered))
         groups = [[structure, *self.groups[structure.properties.pop("place")][1:]] for structure in found]
         return replace(self, groups=groups, table=tabulate(groups, self.n_made))
