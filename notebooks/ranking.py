@@ -68,16 +68,15 @@ def first_is_right(table: pd.DataFrame, score: pd.Series) -> float:
     return float(table.loc[best, "right"].mean())
 
 
-def compare(table: pd.DataFrame, parameters: tuple[float, ...]) -> pd.DataFrame:
+def compare(table: pd.DataFrame, parameters: tuple[float, ...]) -> pd.Series:
     """How often the first answer is right (strict), by what it is chosen."""
-    chances = [
-        confidence(p["energy"].to_numpy(), p["share"].to_numpy(), parameters) for _, p in table.groupby("formula")
-    ]
-    table = table.assign(confidence=np.concatenate(chances))
+    parts = [part for _, part in table.groupby("formula")]
+    chances = [confidence(part["energy"].to_numpy(), part["share"].to_numpy(), parameters) for part in parts]
+    table = pd.concat(parts).assign(confidence=np.concatenate(chances))
     scores = {"energy": -table["energy"], "share of the chains": table["share"] - 1e-6 * table["energy"]}
     scores |= {name: -table[name] for name in table.columns if name.startswith("E ")}
     scores |= {"confidence": table["confidence"], "any (ceiling)": table["right"].astype(float)}
-    return pd.DataFrame({"first is right": {name: first_is_right(table, score) for name, score in scores.items()}})
+    return pd.Series({name: first_is_right(table, score) for name, score in scores.items()})
 
 
 @styled
@@ -121,7 +120,9 @@ def report(training: pd.DataFrame, testing: pd.DataFrame, output: Path, options:
     parameters = tuple(fit(training).round(3).tolist())
     sizes = [part["formula"].nunique() for part in (training, testing)]
     print(f"{sizes[0]} formulas to fit, {sizes[1]} to test; a, b, c = {parameters}")
-    print((100 * compare(testing, parameters)).round(1).to_string())
+    both = {"all": pd.concat([training, testing]), "to test": testing}
+    rates = {f"first is right, {name}": compare(part, parameters) for name, part in both.items()}
+    print((100 * pd.DataFrame(rates)).round(1).to_string())
     parts = [part for _, part in testing.groupby("formula")]
     chances = [confidence(part["energy"].to_numpy(), part["share"].to_numpy(), parameters) for part in parts]
     first = np.array([chance.max() for chance in chances])
