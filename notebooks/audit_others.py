@@ -33,6 +33,8 @@ def named_energies(calculators: list[str], checkpoint: str) -> dict[str, tuple]:
     for entry in calculators:
         name, _, radius = entry.partition("@")
         label = name.rpartition(":")[2].removesuffix("Calculator") + (f", {radius} Å" if radius else "")
+        if label in energies or len(energies) == len(LOOKS):
+            raise ValueError(f"calculator {entry!r} has the name of another, or is one of more than {len(LOOKS) - 3}")
         energies[label] = load_calculator(name), float(radius) if radius else None
     return energies
 

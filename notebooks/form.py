@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import zipfile
 from pathlib import Path
@@ -13,7 +14,15 @@ import ipywidgets as widgets
 from IPython.display import display
 
 from contsp_core import load_model
-from contsp_core.app.prediction import PredictConfig, Prediction, plan, predict, provenance, write_prediction
+from contsp_core.app.prediction import (
+    CALIBRATED,
+    PredictConfig,
+    Prediction,
+    plan,
+    predict,
+    provenance,
+    write_prediction,
+)
 from contsp_core.checkpoints import CHECKPOINTS, read_settings
 from contsp_core.csp.candidates import TemplateLibrary, standardise
 from contsp_core.csp.views import is_live, view_crystal
@@ -25,7 +34,7 @@ def show_form(formula: str = "SrTiO3", checkpoint: str = "mp20") -> None:
     if not is_live():
         print("In a live notebook a form appears here: type a formula, press Predict, look, download.")
         return
-    names = sorted(path.stem for path in CHECKPOINTS.glob("*.safetensors"))
+    names = sorted({checkpoint, *(path.stem for path in CHECKPOINTS.glob("*.safetensors"))})
     options = {"style": {"description_width": "80px"}}
     text = widgets.Text(formula, description="formula", **options)
     model = widgets.Dropdown(options=names, value=checkpoint, description="checkpoint", **options)
@@ -37,7 +46,7 @@ def show_form(formula: str = "SrTiO3", checkpoint: str = "mp20") -> None:
     def answer(_: Any) -> None:
         button.disabled, result.children = True, ()
         try:
-            config = PredictConfig(source=source.value, n_samples=n_samples.value)
+            config = PredictConfig(source.value, n_samples.value, confidence=CALIBRATED.get(model.value))
             energy = load_model(model.value)
             sizes, doubts = plan(energy, text.value, config)
             atoms, doubted = ", ".join(str(len(numbers)) for numbers in sizes), [f"<b>{doubt}</b>" for doubt in doubts]
@@ -49,8 +58,8 @@ def show_form(formula: str = "SrTiO3", checkpoint: str = "mp20") -> None:
             origin = provenance(model.value, config, prediction)
             message.value = "<br>".join([f"{prediction.n_made} candidates", *doubted])
             result.children = (_table(prediction), _viewer(prediction), _download(prediction, origin))
-        except (ValueError, OSError) as error:
-            message.value = f"<b style='color:#b00'>{one_line(error)}</b>"
+        except Exception as error:  # whatever it is, it is told where someone looks
+            message.value = f"<b style='color:#b00'>{html.escape(one_line(error))}</b>"
         finally:
             button.disabled = False
 

@@ -57,7 +57,7 @@ def player(structures: Sequence[Structure], told: list[dict], film: dict, bounda
         frames.append(facts | {"atoms": atoms, "bonds": drawing.bonds.tolist(), "edges": edges})
     film = film | {"kinds": kinds, "frames": frames, "reach": float(reach)}
     data = json.dumps(film, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    return PAGE.read_text(encoding="utf-8").replace("FALLBACK", still).replace("FILM", data)
+    return PAGE.read_text(encoding="utf-8").replace("FILM", data).replace("FALLBACK", still)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from contsp_core.csp.metrics import run_with_time_limit, score_pair
 from contsp_core.energy import ContinuousCGCNN
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)  # Å
+LEVEL_NAMES = [f"E {sigma} Å" for sigma in LEVELS]
 BINS = np.array([0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
 
 
@@ -34,12 +35,18 @@ def rank_all(model: ContinuousCGCNN, references: list[Structure], samples: list[
     rows = []
     for number, (reference, drawn) in enumerate(zip(references, samples, strict=True)):
         settled = with_energies(model, descend(model, [s for s in drawn if s is not None], N_DESCENT))
-        groups = rank_distinct(settled, n_jobs=1)
+        groups = rank_distinct(settled, n_jobs=1) if settled else []
+        if not groups:  # a formula without an answer
+            rows.append(
+                {"formula": number, "share": 1.0, "energy": 0.0, "right": False} | dict.fromkeys(LEVEL_NAMES, 0.0)
+            )
+            continue
         best = [group[0] for group in groups]
         scores = run_with_time_limit(score_pair, [(s, reference) for s in best], 1, progress=False)
         crystals = Crystals.from_structures(best)
         with torch.no_grad():
-            levels = {f"E {s} Å": model(crystals, torch.full((len(best),), s)).tolist() for s in LEVELS}
+            energies = [model(crystals, torch.full((len(best),), sigma)).tolist() for sigma in LEVELS]
+            levels = dict(zip(LEVEL_NAMES, energies))
         for place, (group, score) in enumerate(zip(groups, scores, strict=True)):
             right = score is not None and score.strict
             row = {"formula": number, "share": len(group) / len(settled), "energy": group[0].properties["energy"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import ase.io
 import numpy as np
@@ -27,10 +28,12 @@ from contsp_core.app.prediction import (
     predict,
     prototype,
     provenance,
+    read_pattern,
     write_prediction,
 )
 from contsp_core.csp.candidates import TemplateLibrary, space_group
 from contsp_core.data import load_split
+from contsp_core.energy import ContinuousCGCNN, EnergyConfig
 
 NACL, SRTIO3 = [11, 17], [38, 22, 8, 8, 8]
 ROCK_SALT = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
@@ -72,6 +75,7 @@ def test_units_are_the_commonest_among_training_crystals_of_the_stoichiometry(mo
     assert list(choose_units(model, NACL)) == sorted(best)
     strange = [number for number in range(3, 11) for _ in range(number)]
     assert choose_units(model, strange) == (1,)
+    assert choose_units(ContinuousCGCNN(EnergyConfig()), NACL) == (1, 2, 4)  # nothing is known of its training
 
 
 def test_a_cell_holds_whole_formula_units_however_the_formula_is_written(model):
@@ -121,6 +125,22 @@ def test_the_result_does_not_depend_on_the_number_of_processes(model, prediction
     assert shared.table["space group"].tolist() == prediction.table["space group"].tolist()
 
 
+def test_confidence_counts_all_crystals_found_however_many_are_kept(model, prediction):
+    parameters = (1.0, 2.0, -1.0)
+    tables = [predict(model, "NaCl", replace(QUICK, confidence=parameters, n_best=n)).table for n in (1, 6)]
+    assert tables[0]["confidence"].iloc[0] == pytest.approx(tables[1]["confidence"].iloc[0], abs=1e-3)
+    shares = tables[1]["found"].to_numpy() / 6
+    expected = confidence(tables[1]["energy"].to_numpy(), shares, parameters)
+    assert tables[1]["confidence"].tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+    assert "confidence" not in prediction.table
+
+
+def test_nothing_but_overlapping_atoms_is_an_error_that_says_so(model, monkeypatch):
+    monkeypatch.setattr("contsp_core.app.prediction._settle", lambda *_: [overlapping()])
+    with pytest.raises(ValueError, match="atoms overlap in all of 1 candidates"):
+        predict(model, "NaCl", QUICK)
+
+
 def test_templates_join_the_chains_and_are_counted_apart(model, library):
     config = PredictConfig(source="both", n_samples=2, n_steps=4, n_units=(1,), n_jobs=1)
     table = predict(model, "NaCl", config, library).table
@@ -138,6 +158,12 @@ def test_templates_join_the_chains_and_are_counted_apart(model, library):
 )
 def test_prototypes_are_called_by_their_names(structure, name):
     assert prototype(structure) == name
+
+
+def overlapping():
+    structure = Structure(Lattice.cubic(4), ["Na", "Cl"], [[0, 0, 0], [0.01, 0, 0]])
+    structure.properties["energy"] = 0.0
+    return structure
 
 
 def test_confidence_is_a_probability_that_grows_with_agreement_and_falls_with_energy():
@@ -186,6 +212,26 @@ def test_a_measured_pattern_tells_structures_apart_and_forgives_a_wrong_volume()
     assert agreement(swollen, measured) > 0.98
     assert agreement(other, measured) < 0.7
     assert agreement(other, measure(other)) > 0.99
+    assert powder_pattern(Structure(Lattice.cubic(3), ["Es"], [[0, 0, 0]])).empty  # nothing is tabulated
+
+
+@pytest.mark.parametrize(
+    "rows", [np.ones((50, 2)), np.column_stack([np.arange(95, 140), np.arange(45)]), np.full((20, 2), np.nan)]
+)
+def test_a_pattern_that_tells_nothing_is_refused(rows, tmp_path):
+    np.savetxt(tmp_path / "measured.xy", rows)
+    with pytest.raises(ValueError, match="expected ten or more rows"):
+        read_pattern(tmp_path / "measured.xy")
+
+
+def test_ranking_by_a_pattern_keeps_crystals_and_rows_together(prediction):
+    measured = measure(prediction.best[-1])
+    found = prediction.compared(measured)
+    assert len(found.groups) > 1
+    assert found.table["xrd"].is_monotonic_decreasing
+    assert found.table["xrd"].tolist() == pytest.approx([agreement(crystal, measured) for crystal in found.best])
+    assert found.table["energy"].tolist() == [crystal.properties["energy"] for crystal in found.best]
+    assert found.table["energy"].iloc[0] == prediction.table["energy"].iloc[-1]
 
 
 # On disk
@@ -225,12 +271,22 @@ def test_a_folder_appears_whole_or_not_at_all(prediction, tmp_path, monkeypatch)
             write_prediction(prediction, folder, origin)
     assert list(tmp_path.iterdir()) == []
     write_prediction(prediction, folder, origin)
-    with pytest.raises(FileExistsError, match="exists, expected a new folder"):
+    with pytest.raises(FileExistsError, match="exists; --resume leaves it out"):
         write_prediction(prediction, folder, origin)
     (folder / "old").touch()
     write_prediction(prediction, folder, origin, overwrite=True)
     assert not (folder / "old").exists()
     assert list(tmp_path.iterdir()) == [folder]
+    with monkeypatch.context() as patch:
+        patch.setattr("contsp_core.app.prediction.contact_sheet", fail)
+        with pytest.warns(UserWarning, match=r"has no candidates.png: OSError: disk full"):
+            write_prediction(prediction, folder, origin, overwrite=True)
+    assert (folder / "candidates.csv").is_file()
+    foreign = tmp_path / "mine"
+    foreign.mkdir()
+    with pytest.raises(FileExistsError, match="only an earlier prediction is replaced"):
+        write_prediction(prediction, foreign, origin, overwrite=True)
+    assert foreign.is_dir()
 
 
 # The command line
@@ -280,16 +336,25 @@ def test_a_calculator_relaxes_ranks_and_may_fail_on_one_crystal(prediction):
     assert found.best[-1].volume == pytest.approx(prediction.best[0].volume)
     assert found.table["V/atom"].iloc[:-1].tolist() == pytest.approx([20] * (len(found.groups) - 1), abs=0.6)
     assert found.table["calculator_energy"].iloc[:-1].is_monotonic_increasing
-    assert list(map(len, found.groups)) == found.table["found"].tolist()
+    tails = {group[0].properties["energy"]: group[1:] for group in prediction.groups}
+    assert [group[1:] for group in found.groups] == [tails[crystal.properties["energy"]] for crystal in found.best]
+    assert found.table["energy"].tolist() == [crystal.properties["energy"] for crystal in found.best]
     assert all("calculator" not in name for structure in prediction.best for name in structure.properties)
 
 
-def test_a_measured_pattern_ranks(tmp_path, capsys):
+def test_a_measured_pattern_reaches_the_table_and_its_file(tmp_path, capsys):
     np.savetxt(tmp_path / "measured.xy", measure(ROCK_SALT))
     run(capsys, "predict", "NaCl", *QUICKLY, "--output", str(tmp_path), "--xrd", str(tmp_path / "measured.xy"))
-    found = pd.read_csv(tmp_path / "NaCl" / "candidates.csv")
-    assert found["xrd"].is_monotonic_decreasing
-    assert found["xrd"].between(0, 1).all()
+    assert pd.read_csv(tmp_path / "NaCl" / "candidates.csv")["xrd"].between(0, 1).all()
+    assert json.loads((tmp_path / "NaCl" / "candidates.json").read_text())["xrd"].endswith("measured.xy")
+
+
+def test_a_formula_that_fails_does_not_stop_the_others(tmp_path, capsys):
+    arguments = ("predict", "Na7Cl5", "NaCl", *QUICKLY, "--source", "templates", "--output", str(tmp_path))
+    with pytest.raises(SystemExit, match="error: no crystals of Na7Cl5"):
+        cli.main(arguments)
+    assert "Na7Cl5: error: formula 'Na7Cl5' has no template" in capsys.readouterr().err
+    assert (tmp_path / "NaCl" / "candidates.csv").is_file()
 
 
 @pytest.mark.parametrize(
@@ -310,6 +375,8 @@ def test_a_measured_pattern_ranks(tmp_path, capsys):
         (["other.csv"], "expected a column 'formula'"),
         (["NaCl", "--output", "bad.csv"], "bad.csv"),
         (["NaCl", "--output", "full"], "exists; --resume leaves it out, --overwrite replaces it"),
+        (["NaCl", "--output", "full", "--overwrite"], "only an earlier prediction is replaced"),
+        (["NaCl", "--output", "full", "--resume"], "exists"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line_before_any_work(arguments, message, tmp_path, monkeypatch):

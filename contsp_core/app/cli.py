@@ -11,7 +11,7 @@ from typing import Any
 EXAMPLES = """examples:
   contsp predict SrTiO3                            crystals of one formula, in predictions/SrTiO3/
   contsp predict TiO2 --n-units 2 4 --n-samples 60 longer, in cells of two and four formula units
-  contsp predict formulas.csv --minutes 5          each formula of the column 'formula', five minutes each
+  contsp predict formulas.csv --minutes 5          each formula of the column 'formula', at most five minutes each
   contsp evaluate mp20 --n-structures 50           how often a checkpoint finds the test crystals of its data set
   contsp audit crystals/*.cif --calculator ase.calculators.emt:EMT
   contsp train --dataset perov5 --minutes 60       all that follows is for training; contsp train --help
@@ -58,15 +58,16 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--n-jobs", type=int, default=-1, help="processes (default: all cores)")
     own.add_argument("--calculator", metavar="MODULE:CLASS", help="ASE calculator to relax and rank them with")
     own.add_argument("--xrd", type=Path, metavar="FILE", help="measured powder pattern (Cu Kα) to rank by")
-    own.add_argument("--resume", action="store_true", help="leave out formulas whose folder exists")
-    own.add_argument("--overwrite", action="store_true", help="replace folders that exist")
+    existing = own.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="leave out formulas that were predicted")
+    existing.add_argument("--overwrite", action="store_true", help="replace earlier predictions")
     own = commands.add_parser("evaluate", help="score a checkpoint, or a folder of CIFs, on the crystals of a data set")
     own.set_defaults(command=evaluate)
-    own.add_argument("checkpoint", help="bundled name or .safetensors file")
+    own.add_argument("checkpoint", nargs="?", help="bundled name or .safetensors file; may be left out with --cifs")
     own.add_argument("--dataset", help="default: that of the checkpoint")
     own.add_argument("--split", default="test", choices=("train", "val", "test"))
     own.add_argument("--cifs", type=Path, help="score these: <material_id>/<number>.cif, made by any program")
-    own.add_argument("--output", type=Path, help="default evaluations/<checkpoint>_<dataset>")
+    own.add_argument("--output", type=Path, help="default evaluations/<checkpoint or CIF folder>_<dataset>")
     own.add_argument("--n-structures", type=int, help="default: all")
     own.add_argument("--n-samples", type=int, help="default 20")
     own.add_argument("--seed", type=int, default=0)
@@ -89,42 +90,54 @@ def predict(
 
     from contsp_core import load_model
     from contsp_core.app.calculators import load_calculator
-    from contsp_core.app.prediction import PredictConfig, plan, provenance, read_pattern, write_prediction
+    from contsp_core.app.prediction import (
+        CALIBRATED,
+        MADE_BY,
+        PredictConfig,
+        check_replaceable,
+        plan,
+        provenance,
+        read_pattern,
+        write_prediction,
+    )
     from contsp_core.app.prediction import predict as run
     from contsp_core.checkpoints import read_settings
     from contsp_core.csp.candidates import TemplateLibrary
-    from contsp_core.data import load_split, parse_formula
+    from contsp_core.data import load_split, retold
 
     name, pattern = options.pop("calculator"), options.pop("xrd")
     options["n_units"] = options["n_units"] and tuple(options["n_units"])
-    config, model = PredictConfig(**options), load_model(checkpoint)
-    names = list(dict.fromkeys(Composition(f).reduced_formula for f in read_formulas(formulas) if parse_formula(f)))
+    config, model = PredictConfig(**options, confidence=CALIBRATED.get(checkpoint)), load_model(checkpoint)
+    names = list(dict.fromkeys(Composition(formula).reduced_formula for formula in read_formulas(formulas)))
     plans = {formula: plan(model, formula, config) for formula in names}
     calculator = name and load_calculator(name)
     measured = None if pattern is None else read_pattern(pattern)
-    existing = [formula for formula in names if (output / formula).exists()]
-    if existing and not (resume or overwrite):
-        raise ValueError(
-            f"output {str(output / existing[0])!r} exists; --resume leaves it out, --overwrite replaces it"
-        )
-    output.mkdir(parents=True, exist_ok=True)
+    missing = [formula for formula in names if not (resume and (output / formula / MADE_BY).is_file())]
+    for formula in missing:
+        check_replaceable(output / formula, overwrite)
+    with retold(f"output {str(output)!r} cannot be written", OSError):
+        output.mkdir(parents=True, exist_ok=True)
     needs_library = config.source != "chains"
     library = TemplateLibrary(load_split(read_settings(checkpoint)["dataset"], "train")) if needs_library else None
-    for formula in names:
-        if resume and formula in existing:
-            continue
+    failed = []
+    for formula in missing:
         species, doubts = plans[formula]
         print(f"{formula}: cells of {', '.join(str(len(numbers)) for numbers in species)} atoms", file=sys.stderr)
         for doubt in doubts:
             print(f"{formula}: warning: {doubt}", file=sys.stderr)
-        prediction = run(model, formula, config, library)
-        origin = provenance(checkpoint, config, prediction) | {"calculator": name, "xrd": pattern and str(pattern)}
-        if calculator:
-            prediction = prediction.relaxed(calculator)
-        if measured is not None:
-            prediction = prediction.compared(measured)
-        folder = write_prediction(prediction, output / formula, origin, overwrite)
+        try:
+            prediction = run(model, formula, config, library)
+            origin = provenance(checkpoint, config, prediction) | {"calculator": name, "xrd": pattern and str(pattern)}
+            prediction = prediction.relaxed(calculator) if calculator else prediction
+            prediction = prediction if measured is None else prediction.compared(measured)
+            folder = write_prediction(prediction, output / formula, origin, overwrite)
+        except (ValueError, OSError) as error:  # the other formulas do not wait for this one
+            failed.append(formula)
+            print(f"{formula}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            continue
         print(f"\n{formula} ({prediction.n_made} candidates, {folder}/):\n{prediction.summary()}")
+    if failed:
+        raise ValueError(f"no crystals of {', '.join(failed)}, for the reasons above; the others are in {output}")
 
 
 def read_formulas(entries: Sequence[str]) -> list[str]:
@@ -150,16 +163,20 @@ def read_formulas(entries: Sequence[str]) -> list[str]:
     return found
 
 
-def evaluate(checkpoint: str, dataset: str | None, cifs: Path | None, output: Path | None, **options: Any) -> None:
+def evaluate(
+    checkpoint: str | None, dataset: str | None, cifs: Path | None, output: Path | None, **options: Any
+) -> None:
     """``contsp evaluate``: scores as JSON; tables and samples are in the output folder."""
     import json
 
     from contsp_core.checkpoints import read_settings
     from contsp_core.csp.evaluation import EvaluationConfig, evaluate_checkpoint, evaluate_cifs
 
+    if checkpoint is None and (cifs is None or dataset is None):
+        raise ValueError("checkpoint is missing, expected one, or --cifs and --dataset")
     settings = EvaluationConfig(progress=True, **options)
-    dataset = dataset or read_settings(checkpoint)["dataset"]
-    output = output or Path("evaluations") / f"{Path(checkpoint).stem}_{dataset}"
+    dataset = dataset or str(read_settings(str(checkpoint))["dataset"])
+    output = output or Path("evaluations") / f"{Path(cifs or str(checkpoint)).stem}_{dataset}"
     if cifs is None:
         found = evaluate_checkpoint(checkpoint, dataset, output, settings)
     else:

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -49,7 +50,7 @@ from contsp_core.csp.candidates import (
 )
 from contsp_core.csp.figures import draw_crystals
 from contsp_core.csp.metrics import run_with_time_limit
-from contsp_core.data import parse_formula, retold
+from contsp_core.data import one_line, parse_formula, retold
 from contsp_core.sampler import sample_structures
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ Source = Literal["chains", "templates", "both"]
 MAX_ATOMS = 200  # of a cell
 N_SIZES = 3  # numbers of formula units that are tried, of those that training crystals have
 ROUND = 8  # chains of each size between two looks at the clock
-CONFIDENCE = (1.637, 1.619, -2.792)  # of MP-20 validation crystals, 20 chains each; see confidence
+CALIBRATED = {"mp20": (1.637, 1.618, -2.792)}  # bundled checkpoint -> parameters of confidence
+MADE_BY = "candidates.json"
 SYMPREC = 0.1  # Å
 PEAK_WIDTH = 0.2  # standard deviation of a peak of a simulated powder pattern, degrees
 STRETCHES = np.linspace(0.94, 1.06, 49)  # of the lattice, tried when a pattern is compared
@@ -79,13 +81,14 @@ class PredictConfig:
     n_units: tuple[int, ...] | None = None  # formula units in the cell; None: what :func:`choose_units` says
     minutes: float | None = None  # no further chains are started after this time, nor before a first round is over
     n_best: int = 10  # crystals kept
+    confidence: tuple[float, float, float] | None = None  # parameters of :func:`confidence`; None: no such column
     seed: int = 0
     n_jobs: int = -1  # processes; -1: all cores
 
     def __post_init__(self) -> None:
         check_settings(self, seed=(0, 2**62), n_jobs=(-1, math.inf))
-        if self.n_units is not None and (not self.n_units or min(self.n_units) < 1):
-            raise ValueError(f"n_units is {self.n_units}, expected numbers ≥ 1, or None")
+        if self.n_units is not None and not all(type(n) is int and n > 0 for n in self.n_units or [0]):
+            raise ValueError(f"n_units is {self.n_units}, expected a tuple of integers ≥ 1, or None")
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,12 @@ class Prediction:
         for place, structure in enumerate(numbered):
             structure.properties = structure.properties | {"place": place}  # copies share theirs
         found = relax_and_rank(numbered, calculator, n_best=len(numbered))
-        groups = [[structure, *self.groups[structure.properties.pop("place")][1:]] for structure in found]
-        return replace(self, groups=groups, table=tabulate(groups, self.n_made))
+        places = [structure.properties.pop("place") for structure in found]
+        groups = [[structure, *self.groups[place][1:]] for structure, place in zip(found, places)]
+        table = tabulate(groups)
+        if "confidence" in self.table:
+            table.insert(1, "confidence", [self.table["confidence"].iloc[place] for place in places])
+        return replace(self, groups=groups, table=table)
 
     def compared(self, measured: np.ndarray) -> Prediction:
         """Ranked by the :func:`agreement` with a measured powder pattern, in the table as ``xrd``."""
@@ -125,7 +132,7 @@ class Prediction:
 
     def summary(self) -> str:
         """The table for a terminal."""
-        return self.table.drop(columns=["α", "β", "γ", "at 0.01 Å", "at 0.3 Å"]).round(2).to_string()
+        return self.table.drop(columns=["α", "β", "γ", "at 0.01 Å", "at 0.3 Å"]).round(3).to_string()
 
 
 def plan(model: ContinuousCGCNN, formula: str, config: PredictConfig) -> tuple[list[list[int]], list[str]]:
@@ -147,7 +154,7 @@ def choose_units(model: ContinuousCGCNN, unit: Sequence[int]) -> tuple[int, ...]
     """Formula units in the cell: the three commonest among training crystals of this stoichiometry, else 1, 2 and 4."""
     sizes = _training_counts(model).sum(axis=1)
     same = Counter((sizes[_same_stoichiometry(model, unit)] // len(unit)).tolist())
-    fitting = [n for n in (1, 2, 4) if n * len(unit) <= max(sizes.max(initial=0), len(unit))]
+    fitting = [n for n in (1, 2, 4) if not len(sizes) or n * len(unit) <= max(sizes.max(), len(unit))]
     return tuple(sorted(n for n, _ in same.most_common(N_SIZES)) or fitting)
 
 
@@ -218,19 +225,23 @@ def predict(
                 break  # another round would end too late
     if not made:
         raise ValueError(f"formula {formula!r} has no template, expected one; source 'chains' needs none")
-    groups = rank_distinct(made, config.n_best, n_jobs=config.n_jobs)
-    return Prediction(formula, groups, tabulate(groups, len(made)), len(made), doubted)
+    groups = rank_distinct(made, n_jobs=config.n_jobs)
+    if not groups:
+        raise ValueError(f"formula {formula!r}: atoms overlap in all of {len(made)} candidates, expected one without")
+    kept, energies = groups[: config.n_best], np.array([group[0].properties["energy"] for group in groups])
+    table = tabulate(kept, config.n_jobs)
+    if config.confidence and config.source == "chains":  # they are calibrated for these alone
+        shares = np.array([len(group) for group in groups]) / len(made)
+        table.insert(1, "confidence", confidence(energies, shares, config.confidence)[: len(kept)])
+    return Prediction(formula, kept, table, len(made), doubted)
 
 
-def tabulate(groups: list[list[Structure]], n_made: int) -> pd.DataFrame:
-    """The table of :func:`describe`, with prototypes, what a calculator said and, for chains alone, confidence."""
+def tabulate(groups: list[list[Structure]], n_jobs: int = -1) -> pd.DataFrame:
+    """The table of :func:`describe` with the names of prototypes, and what a calculator said."""
     table, best = describe(groups), [group[0] for group in groups]
-    if list(table.get("chains", ())) == list(table["found"]):  # calibrated for these alone
-        chances = confidence(table["energy"].to_numpy(), table["found"].to_numpy() / n_made)
-        table.insert(1, "confidence", chances)
-    names = run_with_time_limit(prototype, [(structure,) for structure in best], progress=False)
+    names = run_with_time_limit(prototype, [(structure,) for structure in best], n_jobs, progress=False)
     table.insert(table.columns.get_loc("space group"), "prototype", [name or "" for name in names])
-    for name in ("calculator_energy", "calculator_error"):
+    for name in ("calculator_error", "calculator_converged", "calculator_energy"):
         if any(name in structure.properties for structure in best):
             table.insert(1, name, [structure.properties.get(name) for structure in best])
     return table
@@ -265,7 +276,8 @@ def _prototypes() -> AflowPrototypeMatcher:
 
 def prototype(structure: Structure) -> str:
     """Name and Strukturbericht symbol of the AFLOW prototype that a crystal has; empty if pymatgen knows none."""
-    with warnings.catch_warnings(action="ignore"):  # pymatgen warns of rounded coordinates in its own file
+    found: list[Any] = []
+    with warnings.catch_warnings(action="ignore"), suppress(Exception):  # spglib and pymatgen fail in many ways
         found = _prototypes().get_prototypes(structure) or []
     if not found:
         return ""
@@ -275,10 +287,16 @@ def prototype(structure: Structure) -> str:
 
 
 def powder_pattern(structure: Structure) -> pd.DataFrame:
-    """Peaks of a powder for Cu Kα: columns ``two_theta`` (degrees), ``intensity`` (the highest has 100), ``hkl``."""
-    pattern = XRDCalculator().get_pattern(structure, two_theta_range=TWO_THETA)
-    planes = [" ".join("".join(map(str, plane["hkl"])) for plane in peak) for peak in pattern.hkls]
-    return pd.DataFrame({"two_theta": pattern.x, "intensity": pattern.y, "hkl": planes})
+    """Peaks of a powder for Cu Kα: columns ``two_theta`` (degrees), ``intensity`` (the highest has 100), ``hkl``.
+
+    Empty where an element has no tabulated scattering power.
+    """
+    rows: list[tuple] = []
+    with suppress(ValueError):
+        pattern = XRDCalculator().get_pattern(structure, two_theta_range=TWO_THETA)
+        planes = [" ".join("".join(map(str, plane["hkl"])) for plane in peak) for peak in pattern.hkls]
+        rows = list(zip(pattern.x, pattern.y, planes))
+    return pd.DataFrame(rows, columns=["two_theta", "intensity", "hkl"])
 
 
 def agreement(structure: Structure, measured: np.ndarray) -> float:
@@ -288,21 +306,22 @@ def agreement(structure: Structure, measured: np.ndarray) -> float:
     taken for the background.
     """
     peaks, (angles, counts) = powder_pattern(structure), measured.T
-    counts = counts - counts.min()
-    sines = np.sin(np.radians(peaks["two_theta"].to_numpy() / 2)) / STRETCHES[:, None]
-    centers = 2 * np.degrees(np.arcsin(np.minimum(sines, 1.0)))
-    profile = np.exp(-(((angles - centers[:, :, None]) / PEAK_WIDTH) ** 2) / 2)
-    simulated = np.einsum("spa,p->sa", profile, peaks["intensity"].to_numpy())
-    norms = np.linalg.norm(simulated, axis=1) * np.linalg.norm(counts)
-    return float((simulated @ counts / np.maximum(norms, 1e-12)).max())
+    sines, heights = np.sin(np.radians(peaks["two_theta"].to_numpy() / 2)), peaks["intensity"].to_numpy()
+    counts, best = (counts - counts.min()) / np.linalg.norm(counts - counts.min()), 0.0
+    for stretch in STRETCHES:
+        centers = 2 * np.degrees(np.arcsin(np.minimum(sines / stretch, 1.0)))
+        simulated = np.exp(-(((angles[:, None] - centers) / PEAK_WIDTH) ** 2) / 2) @ heights
+        best = max(best, float(simulated @ counts) / max(float(np.linalg.norm(simulated)), 1e-12))
+    return best
 
 
 def read_pattern(path: str | Path) -> np.ndarray:
-    """(n, 2) angles and counts of a text file of two columns; a ValueError tells of another content."""
+    """(n, 2) angles and counts of a text file of two columns, from 5° to 90°; a ValueError tells of another content."""
     with retold(f"xrd file {str(path)!r} cannot be read", OSError, ValueError):
         measured = np.loadtxt(path, usecols=(0, 1), ndmin=2)
-        if len(measured) < 10 or not np.isfinite(measured).all() or (np.diff(measured[:, 0]) <= 0).any():
-            raise ValueError("expected ten or more rows of an angle, which rises, and a count")
+        measured = measured[(measured[:, 0] >= TWO_THETA[0]) & (measured[:, 0] <= TWO_THETA[1])]
+        if len(measured) < 10 or not np.isfinite(measured).all() or not np.ptp(measured[:, 1]):
+            raise ValueError("expected ten or more rows of an angle from 5° to 90° and a count, which varies")
     return measured
 
 
@@ -329,38 +348,52 @@ def write_prediction(prediction: Prediction, folder: Path, origin: dict[str, Any
     symmetrised (at 0.1 Å), POSCAR and extended XYZ with energy, checkpoint and seed; the peaks of its powder pattern.
 
     Raises:
-        FileExistsError: if the folder is there, unless ``overwrite`` says to replace it.
+        FileExistsError: if there is something of this name, unless ``overwrite`` says to replace an earlier prediction.
     """
-    if folder.exists() and not overwrite:
-        raise FileExistsError(f"output {str(folder)!r} exists, expected a new folder; overwrite replaces it")
-    temporary = folder.with_name(f".{folder.name}-{uuid4().hex}.tmp")
+    check_replaceable(folder, overwrite)
+    temporary, old = (folder.with_name(f".{folder.name}-{uuid4().hex}.{ending}") for ending in ("tmp", "old"))
     temporary.mkdir(parents=True)
     try:
         prediction.table.to_csv(temporary / "candidates.csv", float_format="%.6g")
-        (temporary / "candidates.json").write_text(json.dumps(origin, indent=2, default=str) + "\n")
+        (temporary / MADE_BY).write_text(json.dumps(origin, indent=2, default=str) + "\n")
         for rank, structure in enumerate(prediction.best, start=1):
             _write_crystal(structure, temporary / f"{rank:02d}_{structure.composition.reduced_formula}", origin)
+        try:  # a picture that fails must not take the crystals with it
+            contact_sheet(prediction).savefig(temporary / "candidates.png", dpi=150, metadata={"Software": None})
+        except Exception as error:
+            warnings.warn(f"{folder} has no candidates.png: {one_line(error)}", stacklevel=2)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    # a picture that fails must not take the crystals with it
-    contact_sheet(prediction).savefig(folder / "candidates.png", dpi=150, metadata={"Software": None})
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
+def check_replaceable(folder: Path, overwrite: bool) -> None:
+    """A FileExistsError if there is something of this name that is no earlier prediction, or that must be kept."""
+    if folder.exists() and not overwrite:
+        raise FileExistsError(f"output {str(folder)!r} exists; --resume leaves it out, --overwrite replaces it")
+    if folder.is_symlink() or (folder.exists() and not (folder / MADE_BY).is_file()):
+        raise FileExistsError(f"output {str(folder)!r} has no {MADE_BY}: only an earlier prediction is replaced")
+
+
 def _write_crystal(structure: Structure, stem: Path, origin: dict[str, Any]) -> None:
-    label = {"energy_per_atom": structure.properties["energy"], "checkpoint": origin["checkpoint"]}
-    label |= {"seed": origin["settings"]["seed"]}
+    energy, relaxed = structure.properties["energy"], structure.properties.get("calculator_energy")
+    label: dict[str, Any] = {"energy_per_atom": energy}
+    if relaxed is not None:
+        label = {"calculator_energy_per_atom": relaxed, "energy_before_relaxing": energy}
+    label |= {"checkpoint": origin["checkpoint"], "seed": origin["settings"]["seed"]}
     comment = ", ".join(f"{name} {value}" for name, value in label.items())
-    symmetric = standardise(structure)
+    symmetric, name = standardise(structure), structure.composition.reduced_formula
     with warnings.catch_warnings(action="ignore"):  # of elements without electronegativity
-        for ending, written in (("", CifWriter(structure)), ("_symmetrised", CifWriter(symmetric, symprec=SYMPREC))):
-            stem.with_name(f"{stem.name}{ending}.cif").write_text(f"# {comment}\n{written}")
-    Poscar(structure, comment=f"{structure.composition.reduced_formula}, {comment}", sort_structure=True).write_file(
-        stem.with_suffix(".vasp")
-    )
+        for ending, writer in (("", CifWriter(structure)), ("_symmetrised", CifWriter(symmetric, symprec=SYMPREC))):
+            stem.with_name(f"{stem.name}{ending}.cif").write_text(f"# {comment}\n{writer}")
+    poscar = Poscar(structure, comment=f"{name}, {comment}", sort_structure=True)
+    poscar.write_file(str(stem.with_suffix(".vasp")))
     atoms = AseAtomsAdaptor.get_atoms(structure, msonable=False)
     atoms.info = label
     write(stem.with_suffix(".extxyz"), atoms, format="extxyz")
@@ -373,11 +406,12 @@ def contact_sheet(prediction: Prediction, n: int = 4) -> Figure:
     return draw_crystals([standardise(structure) for structure in prediction.best[:n]], titles)
 
 
-def confidence(energies: np.ndarray, shares: np.ndarray, parameters: Sequence[float] = CONFIDENCE) -> np.ndarray:
+def confidence(energies: np.ndarray, shares: np.ndarray, parameters: Sequence[float]) -> np.ndarray:
     """How likely each crystal of a formula is the right one, (n,), calibrated on validation crystals.
 
     A conditional logit: exp(s) / (exp(c) + Σ exp(s)) with s = a ln(share) − b (E − lowest E); exp(c) stands for a
-    crystal that was not found. ``notebooks/ranking.py`` fits (a, b, c) and tests them on other crystals.
+    crystal that was not found. ``notebooks/ranking.py`` fits (a, b, c) to 20 chains for each formula in cells with the
+    right number of formula units, and tests them on other formulas.
 
     Args:
         energies: (n,) per atom, dimensionless.

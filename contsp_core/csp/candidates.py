@@ -259,17 +259,13 @@ def _descend(energy: Callable[[Crystals], Tensor], crystals: Crystals, n_steps: 
 
 
 def rank_distinct(
-    structures: Sequence[Structure], n_best: int | None = None, time_limit_s: float = 10.0, n_jobs: int = 1
+    structures: Sequence[Structure], time_limit_s: float = 10.0, n_jobs: int = 1
 ) -> list[list[Structure]]:
     """Groups of structures that are the same crystal, each sorted by energy, and so are the groups by their best.
 
     Structures in which atoms overlap (closer than 0.5 Å) are dropped. Two are the same if ``StructureMatcher`` says so
     at its default tolerances (0.2, 0.3, 5°), whatever their volume and cell; each joins the group with the lowest
     energy whose best one it matches. A comparison that exceeds the time limit (s) counts as different.
-
-    Args:
-        structures: each with ``properties["energy"]``.
-        n_best: groups returned at most; structures beyond them are not compared with each other.
 
     Raises:
         ValueError: if nothing was given or a structure has no ``properties["energy"]``.
@@ -279,7 +275,7 @@ def rank_distinct(
     valid = [structure for structure in structures if is_valid_structure(structure, charge_neutrality=False)]
     rest = sorted(valid, key=lambda structure: structure.properties["energy"])
     groups: list[list[Structure]] = []
-    while rest and len(groups) != n_best:
+    while rest:
         tasks = [(rest[0], other) for other in rest[1:]]
         same = [True, *map(bool, run_with_time_limit(_is_same, tasks, n_jobs, time_limit_s, progress=False))]
         groups.append(list(itertools.compress(rest, same)))
