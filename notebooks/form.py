@@ -79,7 +79,8 @@ def _viewer(prediction: Prediction) -> widgets.VBox:
     def draw(_: Any) -> None:
         with view:
             view.clear_output(wait=True)
-            display(view_crystal(standardise(prediction.best[rank.value - 1])))
+            # what answers a button does not look live by itself
+            display(view_crystal(standardise(prediction.best[rank.value - 1])).bundle(live=True), raw=True)
 
     rank.observe(draw, "value")
     draw(None)

@@ -31,7 +31,7 @@ from contsp_core.app.prediction import (
     read_pattern,
     write_prediction,
 )
-from contsp_core.csp.candidates import TemplateLibrary, space_group
+from contsp_core.csp.candidates import TemplateLibrary, space_group, standardise
 from contsp_core.data import load_split
 from contsp_core.energy import ContinuousCGCNN, EnergyConfig
 
@@ -125,8 +125,10 @@ def test_the_result_does_not_depend_on_the_number_of_processes(model, prediction
     assert shared.table["space group"].tolist() == prediction.table["space group"].tolist()
 
 
-def test_confidence_counts_all_crystals_found_however_many_are_kept(model, prediction):
+def test_confidence_counts_all_crystals_found_however_many_are_kept(model, prediction, monkeypatch):
     parameters = (1.0, 2.0, -1.0)
+    assert "confidence" not in predict(model, "NaCl", replace(QUICK, confidence=parameters)).table  # too few chains
+    monkeypatch.setattr("contsp_core.app.prediction.N_CALIBRATED", 3)
     tables = [predict(model, "NaCl", replace(QUICK, confidence=parameters, n_best=n)).table for n in (1, 6)]
     assert tables[0]["confidence"].iloc[0] == pytest.approx(tables[1]["confidence"].iloc[0], abs=1e-3)
     shares = tables[1]["found"].to_numpy() / 6
@@ -137,7 +139,7 @@ def test_confidence_counts_all_crystals_found_however_many_are_kept(model, predi
 
 def test_nothing_but_overlapping_atoms_is_an_error_that_says_so(model, monkeypatch):
     monkeypatch.setattr("contsp_core.app.prediction._settle", lambda *_: [overlapping()])
-    with pytest.raises(ValueError, match="atoms overlap in all of 1 candidates"):
+    with pytest.raises(ValueError, match=r"atoms overlap in all of \d candidates"):
         predict(model, "NaCl", QUICK)
 
 
@@ -204,6 +206,12 @@ def measure(structure, background=30.0):
     return np.column_stack([angles, counts + background])
 
 
+def test_a_pattern_may_be_a_csv_file_with_a_header(tmp_path):
+    rows = measure(ROCK_SALT)
+    pd.DataFrame(rows, columns=["2theta", "counts"]).to_csv(tmp_path / "measured.csv", index=False)
+    np.testing.assert_allclose(read_pattern(tmp_path / "measured.csv"), rows)
+
+
 def test_a_measured_pattern_tells_structures_apart_and_forgives_a_wrong_volume():
     swollen, other = ROCK_SALT.copy(), Structure(Lattice.cubic(3.5), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
     swollen.scale_lattice(swollen.volume * 1.03**3)
@@ -252,7 +260,9 @@ def test_each_crystal_is_written_in_four_formats_that_agree_and_name_what_made_t
         assert atoms.cell.volume == pytest.approx(structure.volume, rel=1e-5)
         symmetrised = Structure.from_file(written / f"{stem.name}_symmetrised.cif")
         assert space_group(symmetrised) == table.loc[rank, "space group"]
-        assert len(pd.read_csv(written / f"{stem.name}_xrd.csv")) > 0
+        peaks = pd.read_csv(written / f"{stem.name}_xrd.csv", dtype={"hkl": str})
+        assert peaks["intensity"].max() == pytest.approx(100)
+        assert peaks["hkl"].tolist() == powder_pattern(standardise(structure))["hkl"].tolist()
     origin = json.loads((written / "candidates.json").read_text())
     assert origin["checkpoint"] == "prototypes"
     assert origin["settings"]["n_samples"] == 3
@@ -349,9 +359,17 @@ def test_a_measured_pattern_reaches_the_table_and_its_file(tmp_path, capsys):
     assert json.loads((tmp_path / "NaCl" / "candidates.json").read_text())["xrd"].endswith("measured.xy")
 
 
+def test_a_calculator_that_fails_on_all_crystals_is_an_error_and_loses_none(tmp_path, capsys):
+    arguments = ("predict", "NaCl", *QUICKLY, "--output", str(tmp_path), "--calculator", "ase.calculators.emt:EMT")
+    with pytest.raises(SystemExit, match="error: NaCl failed"):
+        cli.main(arguments)
+    assert "EMT failed on all crystals" in capsys.readouterr().err
+    assert (tmp_path / "NaCl" / "candidates.csv").is_file()
+
+
 def test_a_formula_that_fails_does_not_stop_the_others(tmp_path, capsys):
     arguments = ("predict", "Na7Cl5", "NaCl", *QUICKLY, "--source", "templates", "--output", str(tmp_path))
-    with pytest.raises(SystemExit, match="error: no crystals of Na7Cl5"):
+    with pytest.raises(SystemExit, match="error: Na7Cl5 failed"):
         cli.main(arguments)
     assert "Na7Cl5: error: formula 'Na7Cl5' has no template" in capsys.readouterr().err
     assert (tmp_path / "NaCl" / "candidates.csv").is_file()

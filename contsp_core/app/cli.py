@@ -86,6 +86,8 @@ def predict(
     formulas: Sequence[str], checkpoint: str, output: Path, resume: bool, overwrite: bool, **options: Any
 ) -> None:
     """``contsp predict``: all that can be wrong is found before the first chain."""
+    given = read_formulas(formulas)  # before what takes seconds to import
+    import pandas as pd
     from pymatgen.core import Composition
 
     from contsp_core import load_model
@@ -108,7 +110,7 @@ def predict(
     name, pattern = options.pop("calculator"), options.pop("xrd")
     options["n_units"] = options["n_units"] and tuple(options["n_units"])
     config, model = PredictConfig(**options, confidence=CALIBRATED.get(checkpoint)), load_model(checkpoint)
-    names = list(dict.fromkeys(Composition(formula).reduced_formula for formula in read_formulas(formulas)))
+    names = list(dict.fromkeys(Composition(formula).reduced_formula for formula in given))
     plans = {formula: plan(model, formula, config) for formula in names}
     calculator = name and load_calculator(name)
     measured = None if pattern is None else read_pattern(pattern)
@@ -126,18 +128,22 @@ def predict(
         for doubt in doubts:
             print(f"{formula}: warning: {doubt}", file=sys.stderr)
         try:
-            prediction = run(model, formula, config, library)
+            prediction = run(model, formula, config, library, progress=True)
             origin = provenance(checkpoint, config, prediction) | {"calculator": name, "xrd": pattern and str(pattern)}
             prediction = prediction.relaxed(calculator) if calculator else prediction
             prediction = prediction if measured is None else prediction.compared(measured)
             folder = write_prediction(prediction, output / formula, origin, overwrite)
+            for reason in dict.fromkeys(prediction.table.get("calculator_error", pd.Series(dtype=str)).dropna()):
+                print(f"{formula}: warning: {name} failed on some crystals: {reason}", file=sys.stderr)
+            if "calculator_energy" not in prediction.table and calculator:
+                raise ValueError(f"{name} failed on all crystals, which are in {folder} as they were found")
         except (ValueError, OSError) as error:  # the other formulas do not wait for this one
             failed.append(formula)
             print(f"{formula}: error: {' '.join(str(error).split())}", file=sys.stderr)
             continue
         print(f"\n{formula} ({prediction.n_made} candidates, {folder}/):\n{prediction.summary()}")
     if failed:
-        raise ValueError(f"no crystals of {', '.join(failed)}, for the reasons above; the others are in {output}")
+        raise ValueError(f"{', '.join(failed)} failed, for the reasons above; the others are in {output}")
 
 
 def read_formulas(entries: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import shutil
 import time
 import warnings
@@ -34,6 +35,7 @@ from pymatgen.core import Element, Structure
 from pymatgen.io.ase import AseAtomsAdaptor
 from pymatgen.io.cif import CifWriter
 from pymatgen.io.vasp.inputs import Poscar
+from tqdm.auto import tqdm
 
 from contsp_core.app.calculators import relax_and_rank
 from contsp_core.checkpoints import find_checkpoint, read_settings
@@ -45,6 +47,7 @@ from contsp_core.csp.candidates import (
     describe,
     make_candidates,
     rank_distinct,
+    space_group,
     standardise,
     with_energies,
 )
@@ -61,9 +64,11 @@ if TYPE_CHECKING:
 
 Source = Literal["chains", "templates", "both"]
 MAX_ATOMS = 200  # of a cell
+PARTS = 2  # of a round for each process: a progress bar can move
 N_SIZES = 3  # numbers of formula units that are tried, of those that training crystals have
 ROUND = 8  # chains of each size between two looks at the clock
 CALIBRATED = {"mp20": (1.637, 1.618, -2.792)}  # bundled checkpoint -> parameters of confidence
+N_CALIBRATED = 20  # chains for which they were fitted; fewer agree by chance
 MADE_BY = "candidates.json"
 SYMPREC = 0.1  # Å
 PEAK_WIDTH = 0.2  # standard deviation of a peak of a simulated powder pattern, degrees
@@ -189,7 +194,11 @@ def _same_stoichiometry(model: ContinuousCGCNN, unit: Sequence[int]) -> np.ndarr
 
 
 def predict(
-    model: ContinuousCGCNN, formula: str, config: PredictConfig | None = None, library: TemplateLibrary | None = None
+    model: ContinuousCGCNN,
+    formula: str,
+    config: PredictConfig | None = None,
+    library: TemplateLibrary | None = None,
+    progress: bool = False,
 ) -> Prediction:
     """The crystals that a formula may have, from an energy that knows nothing but the formula.
 
@@ -200,6 +209,7 @@ def predict(
         formula: any number of formula units; :class:`PredictConfig` says how many the cells have.
         config: by default 20 chains of each size.
         library: training crystals, needed for the sources ``templates`` and ``both``.
+        progress: show a progress bar where standard error is a terminal.
 
     Raises:
         ValueError: on text that is no formula, cells that are too large, or a library that is missing.
@@ -218,8 +228,10 @@ def predict(
         round_ = config.n_samples if config.minutes is None else ROUND
         for first in range(0, config.n_samples, round_):
             numbers = np.arange(first, min(first + round_, config.n_samples))
-            parts = [part for part in np.array_split(numbers, n_jobs) if len(part)]
-            made += itertools.chain.from_iterable(Parallel(len(parts))(work(part) for part in parts))
+            parts = [part for part in np.array_split(numbers, PARTS * n_jobs) if len(part)]
+            found = Parallel(n_jobs, return_as="generator")(work(part) for part in parts)
+            shown = tqdm(found, "sampling", len(parts), disable=None if progress else True)
+            made += itertools.chain.from_iterable(shown)
             spent = (time.monotonic() - started) / 60
             if config.minutes is not None and spent * (1 + round_ / (first + round_)) > config.minutes:
                 break  # another round would end too late
@@ -230,7 +242,8 @@ def predict(
         raise ValueError(f"formula {formula!r}: atoms overlap in all of {len(made)} candidates, expected one without")
     kept, energies = groups[: config.n_best], np.array([group[0].properties["energy"] for group in groups])
     table = tabulate(kept, config.n_jobs)
-    if config.confidence and config.source == "chains":  # they are calibrated for these alone
+    calibrated = config.source == "chains" and config.n_samples >= N_CALIBRATED and not doubted
+    if config.confidence and calibrated:
         shares = np.array([len(group) for group in groups]) / len(made)
         table.insert(1, "confidence", confidence(energies, shares, config.confidence)[: len(kept)])
     return Prediction(formula, kept, table, len(made), doubted)
@@ -279,6 +292,8 @@ def prototype(structure: Structure) -> str:
     found: list[Any] = []
     with warnings.catch_warnings(action="ignore"), suppress(Exception):  # spglib and pymatgen fail in many ways
         found = _prototypes().get_prototypes(structure) or []
+    number = space_group(structure).split("(")[-1].rstrip(")")
+    found = [entry for entry in found if entry["tags"]["aflow"].split("_")[2] == number]  # a match may be loose
     if not found:
         return ""
     names = [found[0]["tags"][name] for name in ("mineral", "strukturbericht", "aflow")]
@@ -305,7 +320,7 @@ def agreement(structure: Structure, measured: np.ndarray) -> float:
     The lattice may be stretched by up to 6 %, as predicted lattices are off by some per cent, and the lowest count is
     taken for the background.
     """
-    peaks, (angles, counts) = powder_pattern(structure), measured.T
+    peaks, (angles, counts) = powder_pattern(standardise(structure)), measured.T
     sines, heights = np.sin(np.radians(peaks["two_theta"].to_numpy() / 2)), peaks["intensity"].to_numpy()
     counts, best = (counts - counts.min()) / np.linalg.norm(counts - counts.min()), 0.0
     for stretch in STRETCHES:
@@ -316,9 +331,11 @@ def agreement(structure: Structure, measured: np.ndarray) -> float:
 
 
 def read_pattern(path: str | Path) -> np.ndarray:
-    """(n, 2) angles and counts of a text file of two columns, from 5° to 90°; a ValueError tells of another content."""
+    """(n, 2) angles and counts from 5° to 90°, of a text file in columns; a ValueError tells of another content."""
     with retold(f"xrd file {str(path)!r} cannot be read", OSError, ValueError):
-        measured = np.loadtxt(path, usecols=(0, 1), ndmin=2)
+        lines = re.sub("[,;]", " ", Path(path).read_text(encoding="utf-8", errors="replace")).splitlines()
+        rows = [line.split()[:2] for line in lines if re.match(r"\s*[-+\d.eE]+\s", line)]  # not a header
+        measured = np.array(rows, dtype=float).reshape(-1, 2)
         measured = measured[(measured[:, 0] >= TWO_THETA[0]) & (measured[:, 0] <= TWO_THETA[1])]
         if len(measured) < 10 or not np.isfinite(measured).all() or not np.ptp(measured[:, 1]):
             raise ValueError("expected ten or more rows of an angle from 5° to 90° and a count, which varies")
@@ -397,7 +414,7 @@ def _write_crystal(structure: Structure, stem: Path, origin: dict[str, Any]) -> 
     atoms = AseAtomsAdaptor.get_atoms(structure, msonable=False)
     atoms.info = label
     write(stem.with_suffix(".extxyz"), atoms, format="extxyz")
-    powder_pattern(structure).to_csv(stem.with_name(f"{stem.name}_xrd.csv"), index=False, float_format="%.4f")
+    powder_pattern(symmetric).to_csv(stem.with_name(f"{stem.name}_xrd.csv"), index=False, float_format="%.4f")
 
 
 def contact_sheet(prediction: Prediction, n: int = 4) -> Figure:
