@@ -142,7 +142,7 @@ def report(training: pd.DataFrame, testing: pd.DataFrame, output: Path, options:
     save_figure(
         plot_reliability(*every, options.dataset),
         output.with_suffix(".png"),
-        {k: str(v) for k, v in vars(options).items()},
+        {name: getattr(options, name) for name in ("dataset", "checkpoint", "n_structures", "n_samples")},
     )
 
 

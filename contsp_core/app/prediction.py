@@ -29,7 +29,6 @@ import pandas as pd
 import torch
 from ase.io import write
 from joblib import Parallel, delayed, effective_n_jobs
-from pymatgen.analysis.diffraction.xrd import XRDCalculator
 from pymatgen.analysis.prototypes import AflowPrototypeMatcher
 from pymatgen.core import Element, Structure
 from pymatgen.io.ase import AseAtomsAdaptor
@@ -306,6 +305,8 @@ def powder_pattern(structure: Structure) -> pd.DataFrame:
 
     Empty where an element has no tabulated scattering power.
     """
+    from pymatgen.analysis.diffraction.xrd import XRDCalculator  # brings a plotting library, which writes to disk
+
     rows: list[tuple] = []
     with suppress(ValueError):
         pattern = XRDCalculator().get_pattern(structure, two_theta_range=TWO_THETA)
