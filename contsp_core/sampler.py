@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -134,12 +134,11 @@ def run_chains(
 def sample_structures(
     model: ContinuousCGCNN,
     species: Sequence[str | Sequence[int]],
-    n_samples: int = 20,
+    n_samples: int | range = 20,
     n_steps: int | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     *,
-    first: int = 0,
     batch_atoms: int | None = None,
     progress: bool = False,
 ) -> list[list[Structure]]:
@@ -151,11 +150,10 @@ def sample_structures(
     Args:
         model: from :func:`contsp_core.load_model`; it is not changed.
         species: one entry a crystal: the atomic numbers of its cell, or a formula such as ``"BaTiO3"`` (one unit).
-        n_samples: structures for each entry.
+        n_samples: structures for each entry; or their numbers, to go on where an earlier call stopped.
         n_steps: length of the chains; by default as the model's settings say.
         seed: the same seed on the same machine gives the same structures.
         device: where to run; by default where the model is.
-        first: number of the first sample, to go on where an earlier call stopped.
         batch_atoms: atoms that move together, at about 20 kB each with the compiled kernels
             and 1 to 2 MB without; by default 8192, or 1024 on a CPU without the kernels.
         progress: show a progress bar of chain steps.
@@ -168,9 +166,11 @@ def sample_structures(
     """
     from tqdm.auto import tqdm
 
-    given = {"n_samples": n_samples, "n_steps": n_steps, "batch_atoms": batch_atoms, "seed": seed, "first": first}
+    numbered = n_samples if isinstance(n_samples, range) else None
+    given: dict[str, object] = {"n_steps": n_steps, "batch_atoms": batch_atoms, "seed": seed}
+    given["n_samples"] = n_samples if numbered is None else len(numbered) * (min(numbered, default=0) >= 0)
     for name, value in given.items():
-        least, left_out = 0 if name in ("seed", "first") else 1, value is None and name in ("n_steps", "batch_atoms")
+        least, left_out = int(name != "seed"), value is None and name in ("n_steps", "batch_atoms")
         if not left_out and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ValueError(f"{name} is {value!r}, expected an integer ≥ {least}")
     entries = [tuple(sorted(numbers)) for numbers in resolve_species(species)]
@@ -178,7 +178,7 @@ def sample_structures(
     if device is not None:
         with retold(f"device is {device!r}, which fails", RuntimeError, AssertionError):
             model = copy.deepcopy(model).to(device)
-    numbered = range(first, first + n_samples)
+    numbered = range(cast(int, n_samples)) if numbered is None else numbered
     chains = [(numbers, n) for numbers in sorted(set(entries), key=lambda e: (len(e), e)) for n in numbered]
     plain = not model.use_kernels and next(model.parameters()).device.type == "cpu"
     batches = pack([len(numbers) for numbers, _ in chains], batch_atoms or (1024 if plain else 8192))

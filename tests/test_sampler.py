@@ -72,7 +72,7 @@ def test_a_sample_depends_on_seed_formula_and_number_alone(model, batch_atoms):
 def test_samples_can_be_drawn_in_parts(model):
     model = copy.deepcopy(model).double()
     whole = sample_structures(model, ["TiO2", "Fe"], 3, 3, seed=4)
-    part = sample_structures(model, ["TiO2", "Fe"], 1, 3, seed=4, first=2)
+    part = sample_structures(model, ["TiO2", "Fe"], range(2, 3), 3, seed=4)
     for all_three, (last,) in zip(whole, part, strict=True):
         np.testing.assert_allclose(all_three[2].cart_coords, last.cart_coords, atol=1e-9)
 
@@ -91,7 +91,8 @@ def test_the_callers_model_is_not_moved(model):
         (["NaCl"], {"n_steps": 0}, "n_steps is 0, expected an integer ≥ 1"),
         (["NaCl"], {"n_samples": None}, "n_samples is None, expected an integer ≥ 1"),
         (["NaCl"], {"seed": None}, "seed is None, expected an integer ≥ 0"),
-        (["NaCl"], {"first": -1}, "first is -1, expected an integer ≥ 0"),
+        (["NaCl"], {"n_samples": range(3, 3)}, "n_samples is 0, expected an integer ≥ 1"),
+        (["NaCl"], {"n_samples": range(-1, 3)}, "n_samples is 0, expected an integer ≥ 1"),
         (["NaCl"], {"device": "foo"}, "device is 'foo', which fails"),
         (None, {}, "species is None"),
         ([], {}, r"species is \[\]"),

@@ -266,8 +266,8 @@ def _run(
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        first = int(numbers[0])
-        found = sample_structures(model, species, len(numbers), config.n_steps, config.seed, first=first)
+        wanted = range(int(numbers[0]), int(numbers[-1]) + 1)
+        found = sample_structures(model, species, wanted, config.n_steps, config.seed)
         return _settle(model, [structure for samples in found for structure in samples], "chains")
     finally:
         torch.set_num_threads(n_threads)
