@@ -290,7 +290,7 @@ def _average_over_ranks(state: TrainState, row: Row, weight: float) -> Row:
 
 def _learning_rate(config: TrainConfig, update: int, progress: float) -> float:
     """Linear warm-up, at most a tenth of the updates, then a cosine from ``learning_rate`` to its final fraction."""
-    warm = min(1.0, (update + 1) / max(1, min(config.warmup, (config.n_updates or math.inf) // 10)))
+    warm = min(1.0, (update + 1) / max(1, min(config.warmup, (config.n_updates or 10 * config.warmup) // 10)))
     cosine = (1 + math.cos(math.pi * progress)) / 2
     return config.learning_rate * warm * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
 

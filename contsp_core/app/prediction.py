@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 from contsp_core.app.calculators import relax_and_rank
 from contsp_core.checkpoints import find_checkpoint, read_settings
-from contsp_core.crystals import check_settings, reduce_species
+from contsp_core.crystals import MAX_ATOMIC_NUMBER, check_settings, reduce_species
 from contsp_core.csp.candidates import (
     N_DESCENT,
     TemplateLibrary,
@@ -182,7 +182,7 @@ def doubts(model: ContinuousCGCNN, unit: Sequence[int], n_units: Sequence[int]) 
 def _training_counts(model: ContinuousCGCNN) -> np.ndarray:
     """(n, 101) atoms of each element in the training crystals; n is 0 for an energy without noise levels."""
     counts = getattr(model, "start_counts", None)
-    return np.zeros((0, 101), dtype=int) if counts is None else counts.cpu().numpy().astype(int)
+    return np.zeros((0, MAX_ATOMIC_NUMBER + 1), dtype=int) if counts is None else counts.cpu().numpy().astype(int)
 
 
 def _same_stoichiometry(model: ContinuousCGCNN, unit: Sequence[int]) -> np.ndarray:
