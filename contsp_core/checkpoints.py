@@ -25,7 +25,7 @@ from contsp_core.mala import AnnealConfig
 from contsp_core.sampler import sampling_config
 
 CHECKPOINTS = DATA_DIR / "checkpoints"
-FORMAT = "contsp-2"
+FORMAT = "contsp-3"
 DTYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "U8": "|u1"}  # of safetensors and numpy
 
 

@@ -22,6 +22,10 @@ try:  # without numba the same energy is computed by the plain torch path
     from contsp_core import kernels
 except ImportError:
     kernels = None  # type: ignore[assignment]
+try:
+    from contsp_core import gpu
+except ImportError:
+    gpu = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,7 @@ class ContinuousCGCNN(nn.Module):
         self.noise_features: NoiseFeatures | Any = NoiseFeatures(config) if config.noise_max is not None else None
         self.atomic_volume = nn.Buffer(torch.full((MAX_ATOMIC_NUMBER + 1,), 1 / config.reference_density))
         if config.noise_max is not None:
-            self.start_cells = nn.Buffer(torch.eye(3).repeat(config.n_start_cells, 1, 1))  # volume 1
+            self.start_cells = nn.Buffer(torch.eye(3).repeat(config.n_start_cells, 1, 1))  # Å
             self.start_counts = nn.Buffer(torch.ones(config.n_start_cells, MAX_ATOMIC_NUMBER + 1, dtype=torch.uint8))
         self.use_kernels = kernels is not None
 
@@ -205,6 +209,11 @@ class ContinuousCGCNN(nn.Module):
         distance, weight, direction = self._edges(crystals, cutoff, graph, edge_vectors(crystals, graph))
         source, target, n_vectors = graph.source, graph.target, self.config.n_vectors
         basis = self.distance_expansion(distance)
+        if self.use_kernels and gpu is not None and crystals.cell.device.type == "cuda":
+            edges = gpu.group_edges(graph, len(crystals.positions))
+            return lambda received, sent, lin3: gpu.message_sum(
+                received, sent, lin3(basis), weight, direction, n_vectors, edges
+            )
 
         def messages(received: Tensor, sent: Tensor, lin3: nn.Linear) -> Tensor:
             total = received.new_zeros(len(received), received.shape[1] // 2 + 3 * n_vectors)

@@ -111,7 +111,7 @@ def _search(
     # counted from the nearest image in fractional coordinates, so that unwrapped atoms need no larger range
     offset = frac[target] - frac[source]
     image = (steps - reach[system] - offset.round().long()).int()
-    vector = torch.einsum("ei,eij->ej", offset + image, crystals.cell[system])
+    vector = ((offset + image)[:, :, None] * crystals.cell[system]).sum(dim=1)  # on a GPU, faster than a product
     first_nonzero = torch.where(image[:, 0] != 0, image[:, 0], torch.where(image[:, 1] != 0, image[:, 1], image[:, 2]))
     far = vector.norm(dim=1) > cutoff[system]  # NaN is kept, and makes the energy NaN
     keep = ~far & ((source != target) | (first_nonzero > 0))

@@ -48,9 +48,10 @@ def start_crystals(
 ) -> Crystals:
     """Where chains start, in float64 on the CPU: as in the paper, or for an energy with noise levels at the largest.
 
-    There, atoms are uniform in the cell of a training crystal, scaled to the expected volume and strained as at that
-    level: sample ``numbers[system]`` (by default 0) of a composition takes the cell at that place of
-    :func:`similar_cells`, and begins again where there are not so many.
+    There, atoms are uniform in the cell of a training crystal, scaled and strained as at that level: sample
+    ``numbers[system]`` (by default 0) of a composition takes the cell at that place of :func:`similar_cells`, and
+    begins again where there are not so many. Its volume is the geometric mean of two guesses: the sum of the atomic
+    volumes, and that crystal's volume times the ratio of these sums.
     """
     if model.noise_features is None:
         return random_crystals(species, rng, model.config.reference_density)
@@ -58,8 +59,11 @@ def start_crystals(
     similar = {entry: similar_cells(model, entry) for entry in set(entries)}
     pairs = ((similar[entry], number) for entry, number in zip(entries, numbers or itertools.repeat(0)))
     chosen = torch.stack([rows[number % len(rows)] for rows, number in pairs])
-    volumes = torch.stack([model.atomic_volume.cpu().double()[list(entry)].sum() for entry in entries])
-    cells = model.start_cells.cpu().double()[chosen] * volumes[:, None, None] ** (1 / 3)
+    atomic, given = model.atomic_volume.cpu().double(), model.start_cells.cpu().double()[chosen]
+    expected = torch.stack([atomic[list(entry)].sum() for entry in entries])
+    filling = torch.linalg.det(given).abs() / (model.start_counts.cpu().double()[chosen] @ atomic)
+    volumes = expected * filling.sqrt()
+    cells = given * (volumes / torch.linalg.det(given).abs())[:, None, None] ** (1 / 3)
     crystals = uniform_atoms(cells, species, rng)
     width = float(strain_width(model.config, torch.tensor(model.config.noise_max)))
     return apply_strain(crystals, width * crystals.random_cells(rng))

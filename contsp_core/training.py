@@ -167,7 +167,7 @@ def initial_model(crystals: Crystals, energy: EnergyConfig, seed: int, sampling:
     if energy.noise_max is not None:
         model.embedding.weight.data.copy_(similar_elements(energy.width, torch.Generator().manual_seed(seed)))
         model.atomic_volume.copy_(fit_atomic_volumes(crystals))
-        model.start_cells.copy_(niggli_reduce(crystals.cell)[0] / crystals.volume[:, None, None] ** (1 / 3))
+        model.start_cells.copy_(niggli_reduce(crystals.cell)[0])
         model.start_counts.copy_(crystals.element_counts)
     return model
 
@@ -522,6 +522,7 @@ def _parse_arguments(arguments: Sequence[str]) -> Job:
     parser.add_argument("--initial", help="checkpoint to start from instead of random weights")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; the learning rate follows")
     parser.add_argument("--n-updates", type=int, help="updates, instead of the preset's")
+    parser.add_argument("--batch-size", type=int, help="crystals of an update, instead of the preset's")
     parser.add_argument("--n-structures", type=int, help="use only so many training crystals")
     parser.add_argument("--seed", type=int, default=TrainConfig.seed)
     parser.add_argument("--device", default=Job.device, help="cpu, cuda or cuda:<n>; with torchrun, cuda is one each")
@@ -534,6 +535,7 @@ def _parse_arguments(arguments: Sequence[str]) -> Job:
         raise ValueError(f"--minutes is {limit}, expected 0.001 … 10000000")
     n_updates = config.n_updates if n_updates is None and limit is None else n_updates
     config = replace(config, seed=options.seed, n_updates=n_updates, time_limit_s=None if limit is None else 60 * limit)
+    config = config if options.batch_size is None else replace(config, batch_size=options.batch_size)
     output = options.output or Path("runs") / f"{options.dataset}.safetensors"
     chosen = {name: getattr(options, name) for name in ("n_structures", "initial", "device", "resume", "overwrite")}
     return Job(options.dataset, output, energy, config, **chosen)

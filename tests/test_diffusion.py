@@ -392,18 +392,20 @@ def model_with_cells(*crystals: tuple[list[int], list[float]]):
     model = small_model(replace(NOISY, n_start_cells=len(crystals), strain_noise=1e-9))
     model.atomic_volume.copy_(torch.arange(101.0))
     for row, (numbers, edges) in enumerate(crystals):
-        model.start_cells[row] = torch.diag(torch.tensor(edges) / np.prod(edges) ** (1 / 3))
+        model.start_cells[row] = torch.diag(torch.tensor(edges))
         model.start_counts[row] = torch.bincount(torch.tensor(numbers), minlength=101).to(torch.uint8)
     return model
 
 
-def test_the_start_has_the_expected_volume_the_shape_of_a_training_cell_and_uniform_atoms():
-    model = model_with_cells(([3], [1, 1, 1]), ([3, 4, 5, 6], [1, 2, 0.5]))
+def test_the_start_has_the_mean_of_two_volumes_the_shape_of_a_training_cell_and_uniform_atoms():
+    """V₀ = Σ atomic volumes, and V₁ = V V₀ / (Σ of the training crystal): 100 and 10 · 100 / 18 of the first, say."""
+    model = model_with_cells(([3], [1, 1, 1]), ([3, 4, 5, 6], [1, 2, 5]))
     crystals = start_crystals(model, [[10, 20, 30, 40]] * 400 + [[5]], generator())
-    assert crystals.volume[:400].numpy() == pytest.approx(np.full(400, 100.0), rel=1e-5)
-    shape = torch.diag(torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64))
-    torch.testing.assert_close(crystals.cell[0], shape * 100 ** (1 / 3), rtol=1e-6, atol=1e-6)
-    cube = torch.eye(3, dtype=torch.float64) * 5 ** (1 / 3)
+    volume = 100 * (10 / 18) ** 0.5
+    assert crystals.volume[:400].numpy() == pytest.approx(np.full(400, volume), rel=1e-5)
+    shape = torch.diag(torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)) * (volume / 10) ** (1 / 3)
+    torch.testing.assert_close(crystals.cell[0], shape, rtol=1e-6, atol=1e-6)
+    cube = torch.eye(3, dtype=torch.float64) * (5 * (1 / 3) ** 0.5) ** (1 / 3)
     torch.testing.assert_close(crystals.cell[400], cube, rtol=1e-6, atol=1e-6)
     assert stats.kstest(crystals.frac_coords.numpy().ravel(), "uniform").pvalue > 1e-3
 
