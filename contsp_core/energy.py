@@ -22,10 +22,6 @@ try:  # without numba the same energy is computed by the plain torch path
     from contsp_core import kernels
 except ImportError:
     kernels = None  # type: ignore[assignment]
-try:
-    from contsp_core import gpu
-except ImportError:
-    gpu = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -209,11 +205,6 @@ class ContinuousCGCNN(nn.Module):
         distance, weight, direction = self._edges(crystals, cutoff, graph, edge_vectors(crystals, graph))
         source, target, n_vectors = graph.source, graph.target, self.config.n_vectors
         basis = self.distance_expansion(distance)
-        if self.use_kernels and gpu is not None and crystals.cell.device.type == "cuda":
-            edges = gpu.group_edges(graph, len(crystals.positions))
-            return lambda received, sent, lin3: gpu.message_sum(
-                received, sent, lin3(basis), weight, direction, n_vectors, edges
-            )
 
         def messages(received: Tensor, sent: Tensor, lin3: nn.Linear) -> Tensor:
             total = received.new_zeros(len(received), received.shape[1] // 2 + 3 * n_vectors)

@@ -69,17 +69,18 @@ def start_crystals(
     return apply_strain(crystals, width * crystals.random_cells(rng))
 
 
-def similar_cells(model: ContinuousCGCNN, species: Sequence[int]) -> Tensor:
+def similar_cells(model: ContinuousCGCNN, species: Sequence[int], leave_out: bool = False) -> Tensor:
     """(m,) training crystals whose cell a composition may have, the most likely first.
 
     These are the crystals of its stoichiometry and number of atoms, in order of the mean over atoms of the distance of
     the elements exchanged (:func:`element_distances`), assigned as is best. If there is none, all crystals whose number
-    of atoms is nearest.
+    of atoms is nearest. With ``leave_out``, none of the composition itself: for chains that are to find training crystals.
     """
     bank, own = model.start_counts.cpu(), torch.bincount(torch.tensor(species), minlength=MAX_ATOMIC_NUMBER + 1)
-    rows = torch.nonzero((bank.sort(dim=1).values == own.sort().values).all(dim=1))[:, 0]
+    allowed = (bank != own).any(dim=1) if leave_out else torch.ones(len(bank), dtype=torch.bool)
+    rows = torch.nonzero((bank.sort(dim=1).values == own.sort().values).all(dim=1) & allowed)[:, 0]
     if len(rows) == 0:
-        difference = (bank.sum(dim=1) - len(species)).abs()
+        difference = (bank.sum(dim=1) - len(species)).abs() + len(species) * ~allowed
         return torch.nonzero(difference == difference.min())[:, 0]
     n_elements = int((own > 0).sum())
     counts, elements = (column[-n_elements:] for column in own.sort(stable=True))

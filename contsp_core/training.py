@@ -379,7 +379,12 @@ def _begin(job: Job) -> tuple[TrainState, Crystals]:
     split = load_split(job.dataset, "train")
     crystals = split.crystals.to(torch.float32)[choose(range(len(split)), job.n_structures, job.config.seed)]
     sampling = job.config.chain if job.energy.noise_max is None else None
-    model = load_model(job.initial) if job.initial else initial_model(crystals, job.energy, job.config.seed, sampling)
+    initial = load_model(job.initial) if job.initial else None
+    energy, sampling = (job.energy, sampling) if initial is None else (initial.config, initial.sampling)
+    model = initial_model(crystals, energy, job.config.seed, sampling)
+    if initial is not None:  # its weights; but volumes and cells are those of the crystals trained on now
+        of_data = ("atomic_volume", "start_cells", "start_counts")
+        model.load_state_dict({k: v for k, v in initial.state_dict().items() if k not in of_data}, strict=False)
     if job.config.objective == "score_matching" and model.config.noise_max is None:
         raise ValueError("noise_max of the energy is None, but score_matching needs an energy with noise levels")
     origin = {
