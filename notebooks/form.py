@@ -101,10 +101,11 @@ def _viewer(prediction: Prediction) -> widgets.VBox:
     rank, view = widgets.Dropdown(options=labels, description="rank"), widgets.Output()
 
     def draw(_: Any) -> None:
-        with view:
-            view.clear_output(wait=True)
-            # what answers a button does not look live by itself
-            display(view_crystal(standardise(prediction.best[rank.value - 1])).bundle(live=True), raw=True)
+        # what answers a button does not look live by itself; and set like this, since the browser no longer listens
+        # for what a message displays that came before the search
+        bundle = view_crystal(standardise(prediction.best[rank.value - 1])).bundle(live=True)
+        data = {kind: base64.b64encode(x).decode() if isinstance(x, bytes) else x for kind, x in bundle.items()}
+        view.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
 
     rank.observe(draw, "value")
     draw(None)
