@@ -59,14 +59,14 @@ def test_stop_ends_the_search_and_shows_what_was_found(shown, monkeypatch):
     found = predict(load_model("prototypes"), "NaCl", quick)
 
     def search(*_, stop):
-        limit = time.monotonic() + 20
+        limit = time.monotonic() + 10
         while not stop() and time.monotonic() < limit:
             time.sleep(0.01)
         assert stop()
         return found
 
     monkeypatch.setattr(form, "predict", search)
-    asyncio.run(press_both(shown))
+    asyncio.run(asyncio.wait_for(press_both(shown), 60))
     assert "2 candidates until it was stopped" in texts(shown)
     assert "space group" in texts(shown)
     assert "background:" in texts(shown).partition("<a ")[2].partition("download='NaCl.zip'")[0]
@@ -74,12 +74,12 @@ def test_stop_ends_the_search_and_shows_what_was_found(shown, monkeypatch):
 
 def test_a_stop_before_anything_is_found_is_said_plainly(shown, monkeypatch):
     def search(*arguments, stop):
-        limit = time.monotonic() + 20
+        limit = time.monotonic() + 10
         while not stop() and time.monotonic() < limit:
             time.sleep(0.01)
         return predict(*arguments, stop=stop)
 
     monkeypatch.setattr(form, "predict", search)
-    asyncio.run(press_both(shown))
+    asyncio.run(asyncio.wait_for(press_both(shown), 60))
     assert "was stopped too early: nothing was found" in texts(shown)
     assert "templates" not in texts(shown)
