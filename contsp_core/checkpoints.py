@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from contsp_core.data import DATA_DIR, retold, write_whole
+from contsp_core.data import find_checkpoint, retold, write_whole
 from contsp_core.diffusion import DiffusionConfig
 from contsp_core.energy import ContinuousCGCNN, EnergyConfig
 from contsp_core.mala import AnnealConfig
 from contsp_core.sampler import sampling_config
 
-CHECKPOINTS = DATA_DIR / "checkpoints"
 FORMAT = "contsp-3"
 DTYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "U8": "|u1"}  # of safetensors and numpy
 
@@ -89,16 +88,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if end != len(body) or digest(tensors, metadata) != sha256:
         raise ValueError(f"checkpoint {path} is damaged: its content is not what was saved (SHA-256 differs)")
     return tensors, metadata
-
-
-def find_checkpoint(name_or_path: str | Path) -> Path:
-    """The file of a bundled checkpoint by name, or the path itself; a ValueError, naming the bundled ones, if none."""
-    bundled = CHECKPOINTS / f"{name_or_path}.safetensors"
-    path = bundled if bundled.is_file() else Path(str(name_or_path))
-    if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in CHECKPOINTS.glob("*.safetensors"))) or "none bundled"
-        raise ValueError(f"checkpoint is {str(name_or_path)!r}, expected a .safetensors file or one of: {names}")
-    return path
 
 
 def read_settings(name_or_path: str | Path) -> dict[str, Any]:

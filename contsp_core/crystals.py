@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from contsp_core import MAX_ATOMIC_NUMBER as MAX_ATOMIC_NUMBER
+
 if TYPE_CHECKING:
     from pymatgen.core import Structure
 
-MAX_ATOMIC_NUMBER = 100
 Rngs = Sequence[torch.Generator]  # one a crystal: then none depends on the others
 Rng = torch.Generator | Rngs  # or one for a batch
 MIN_VOLUME = 1e-6  # Å³: below this a cell is called flat, whatever its shape
@@ -173,12 +174,9 @@ class Crystals:
     ) -> Crystals:
         """From cells (n_systems, 3, 3), concatenated Cartesian positions (Å) and one list of atomic numbers each."""
         counts = torch.tensor([len(numbers) for numbers in species])
-        return cls(
-            torch.as_tensor(np.asarray(cells), dtype=dtype),
-            torch.as_tensor(np.asarray(positions), dtype=dtype),
-            torch.tensor([number for numbers in species for number in numbers], dtype=torch.int64),
-            torch.repeat_interleave(torch.arange(len(counts)), counts),
-        )
+        cell, xyz = (torch.as_tensor(np.asarray(array), dtype=dtype) for array in (cells, positions))
+        flat = torch.tensor([number for numbers in species for number in numbers], dtype=torch.int64)
+        return cls(cell, xyz, flat, torch.repeat_interleave(torch.arange(len(counts)), counts))
 
     @classmethod
     def from_structures(cls, structures: Iterable[Structure], dtype: torch.dtype = torch.float32) -> Crystals:

@@ -27,12 +27,14 @@ from urllib.request import urlopen
 from uuid import uuid4
 
 import numpy as np
-import torch
 
-from contsp_core.crystals import MAX_ATOMIC_NUMBER, Crystals
+import contsp_core  # its Crystals brings torch, which takes seconds: only where crystals are made
+from contsp_core import MAX_ATOMIC_NUMBER
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
+
+    from contsp_core import Crystals
 
 DATASETS = ("prototypes", "perov5", "mp20", "mpts52", "carbon24")
 SPLITS = ("train", "val", "test")
@@ -40,6 +42,7 @@ ON_ERROR = ("raise", "skip")
 PACKAGE = Path(__file__).resolve().parent
 # An installed package has the bundled files inside; in a checkout they lie beside it.
 DATA_DIR = PACKAGE / "_bundled" if (PACKAGE / "_bundled").is_dir() else PACKAGE.parent / "data"
+CHECKPOINTS = DATA_DIR / "checkpoints"
 MANIFEST = json.loads((DATA_DIR / "manifest.json").read_text(encoding="utf-8"))
 FORMAT = "2"  # of the .npz; raise it when the arrays change meaning: older files are then refused
 MAX_CSV_BYTES = 2**29  # 512 MiB unpacked; the largest public file has a tenth of it
@@ -145,13 +148,14 @@ def _parse_csv(content: bytes, source: Source, name: str, split: str) -> Split:
     results = parse_cifs(table["cif"].tolist(), description=f"{name}/{split}")
     for row, reason in _bad_ids(ids).items():
         ids[row], results[row] = f"row {row + 1}", reason
-    good = {row: result for row, result in enumerate(results) if isinstance(result, Crystals)}
+    good = {row: result for row, result in enumerate(results) if not isinstance(result, str)}
     skipped = tuple((ids[row], result) for row, result in enumerate(results) if isinstance(result, str))
     if not good:
         raise ValueError(f"{source.path}: all {len(ids)} rows are bad, the first is {ids[0]}: {results[0]}")
     labels = [label for label in table.columns.drop("material_id") if not label.startswith(("cif", "Unnamed"))]
     columns = {label: np.array(table[label].iloc[list(good)].tolist()) for label in labels}
-    return Split(name, split, [ids[row] for row in good], Crystals.cat(list(good.values())), source, columns, skipped)
+    crystals = contsp_core.Crystals.cat(list(good.values()))
+    return Split(name, split, [ids[row] for row in good], crystals, source, columns, skipped)
 
 
 def _bad_ids(material_ids: Sequence[str]) -> dict[int, str]:
@@ -179,6 +183,7 @@ def parse_cifs(cifs: Sequence[str], n_jobs: int = -1, description: str = "CIFs")
 
 
 def _parse(cif: str) -> Crystals | str:
+    import torch
     from pymatgen.io.cif import CifParser
 
     try:
@@ -190,7 +195,7 @@ def _parse(cif: str) -> Crystals | str:
     except Exception as error:  # pymatgen raises many kinds
         return f"malformed CIF ({one_line(error)})"
     try:
-        return Crystals.from_structures([structure], torch.float64)
+        return contsp_core.Crystals.from_structures([structure], torch.float64)
     except ValueError as error:
         return f"no crystal: {error}"
 
@@ -250,12 +255,9 @@ class Split(Sequence["Structure"]):
     def select(self, indices: Sequence[int]) -> Split:
         """The chosen crystals, in the order given."""
         chosen = np.asarray(indices, dtype=np.int64)
-        return replace(
-            self,
-            material_ids=[self.material_ids[i] for i in chosen],
-            crystals=self.crystals[chosen],
-            columns={name: column[chosen] for name, column in self.columns.items()},
-        )
+        columns = {name: column[chosen] for name, column in self.columns.items()}
+        ids = [self.material_ids[i] for i in chosen]
+        return replace(self, material_ids=ids, crystals=self.crystals[chosen], columns=columns)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one ``.npz``; as ``$CONTSP_DATA_DIR/<name>/<split>.npz`` :func:`load_split` finds it."""
@@ -268,11 +270,14 @@ class Split(Sequence["Structure"]):
     @classmethod
     def load(cls, path: str | os.PathLike[str], name: str, split: str) -> Split:
         """Read what :meth:`save` wrote; a ValueError tells of a file that is damaged, foreign, or of another format."""
+        import torch
+
         content = io.BytesIO(Path(path).read_bytes())
         with retold(f"{path} is not a split written by Split.save", Exception):  # of zip, zlib, header, keys or lengths
             with np.load(content, allow_pickle=False) as file:
                 header = json.loads(str(file["header"]))
-                crystals = Crystals(*(torch.from_numpy(file[name]) for name in Crystals.__dataclass_fields__))
+                fields = contsp_core.Crystals.__dataclass_fields__
+                crystals = contsp_core.Crystals(*(torch.from_numpy(file[name]) for name in fields))
                 columns = {key.removeprefix("column:"): file[key] for key in file.files if key.startswith("column:")}
             ids, skipped = [*header["material_ids"]], tuple((str(row), str(why)) for row, why in header["skipped"])
             source = Source(str(header["path"]), header["blob_id"], header["blob_id"] == _official_blob(name, split))
@@ -281,6 +286,16 @@ class Split(Sequence["Structure"]):
             if header["format"] != FORMAT or reasons:
                 raise ValueError(*reasons[:1] or [f"format {header['format']}, expected {FORMAT}"])
         return cls(name, split, ids, crystals, source, columns, skipped)
+
+
+def find_checkpoint(name_or_path: str | Path) -> Path:
+    """The file of a bundled checkpoint by name, or the path itself; a ValueError, naming the bundled ones, if none."""
+    bundled = CHECKPOINTS / f"{name_or_path}.safetensors"
+    path = bundled if bundled.is_file() else Path(str(name_or_path))
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in CHECKPOINTS.glob("*.safetensors"))) or "none bundled"
+        raise ValueError(f"checkpoint is {str(name_or_path)!r}, expected a .safetensors file or one of: {names}")
+    return path
 
 
 def parse_formula(text: str) -> list[int]:

@@ -122,13 +122,9 @@ def denoising_residual(model: ContinuousCGCNN, crystals: Crystals, sigma: Tensor
     sigma_strain = strain_width(model.config, sigma)
     noised = add_noise(crystals, sigma, sigma_strain, rng)
     score_positions, score_strain = score(model, noised.crystals, sigma)
-    return Residual(
-        noised.crystals,
-        score_positions - noised.score_positions,
-        score_strain - noised.score_strain,
-        sigma**2 / (3 * crystals.n_atoms.to(sigma.dtype)),
-        sigma_strain**2 / 6,
-    )
+    positions, strain = score_positions - noised.score_positions, score_strain - noised.score_strain
+    weights = sigma**2 / (3 * crystals.n_atoms.to(sigma.dtype)), sigma_strain**2 / 6
+    return Residual(noised.crystals, positions, strain, *weights)
 
 
 def score_matching_step(

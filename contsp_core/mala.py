@@ -108,14 +108,10 @@ def mala_step(
     log_ratio = log_ratio + log_measure_ratio(old, new.crystals, proposal, measure)
     finite = sound & new.energy.isfinite() & (log_ratio.isfinite() | (log_ratio == torch.inf))
     accepted = metropolis(log_ratio, rng) & finite
-    return ChainState(
-        _where(accepted, new.crystals, old),
-        torch.where(accepted, new.energy, state.energy),
-        torch.where(accepted[:, None, None], new.grad_strain, state.grad_strain),
-        torch.where(old.to_atoms(accepted)[:, None], new.grad_positions, state.grad_positions),
-        accepted,
-        state.n_nonfinite + (~finite).long(),
-    )
+    crystals, value = _where(accepted, new.crystals, old), torch.where(accepted, new.energy, state.energy)
+    grad_strain = torch.where(accepted[:, None, None], new.grad_strain, state.grad_strain)
+    grad_positions = torch.where(old.to_atoms(accepted)[:, None], new.grad_positions, state.grad_positions)
+    return ChainState(crystals, value, grad_strain, grad_positions, accepted, state.n_nonfinite + (~finite).long())
 
 
 def anneal(

@@ -149,12 +149,10 @@ def _sample(
     if buffer is not None and config.buffer_share > 0:
         kept = zip(species, state.crystals.to("cpu"), strict=True)
         buffer |= {tuple(numbers): (crystal, update) for numbers, crystal in kept}
-    return state.crystals, {
-        "acceptance_rate": torch.cat(accepted).mean().item(),
-        "nonfinite_rate": state.n_nonfinite.float().mean().item() / len(accepted),
-        "buffer_share": len(ages) / len(species),
-        "buffer_age": sum(ages) / len(species),
-    }
+    row = {"acceptance_rate": torch.cat(accepted).mean().item()}
+    row |= {"nonfinite_rate": state.n_nonfinite.float().mean().item() / len(accepted)}
+    row |= {"buffer_share": len(ages) / len(species), "buffer_age": sum(ages) / len(species)}
+    return state.crystals, row
 
 
 def initial_model(crystals: Crystals, energy: EnergyConfig, seed: int, sampling: Any = None) -> ContinuousCGCNN:
@@ -387,12 +385,9 @@ def _begin(job: Job) -> tuple[TrainState, Crystals]:
         model.load_state_dict({k: v for k, v in initial.state_dict().items() if k not in of_data}, strict=False)
     if job.config.objective == "score_matching" and model.config.noise_max is None:
         raise ValueError("noise_max of the energy is None, but score_matching needs an energy with noise levels")
-    origin = {
-        "dataset": job.dataset,
-        "data": {"path": Path(split.source.path).name, "blob_id": split.source.blob_id},
-        "n_structures": len(crystals),
-        "initial": None if job.initial is None else Path(job.initial).name,
-    }
+    data = {"path": Path(split.source.path).name, "blob_id": split.source.blob_id}
+    initial = None if job.initial is None else Path(job.initial).name
+    origin = {"dataset": job.dataset, "data": data, "n_structures": len(crystals), "initial": initial}
     return TrainState(model.to(job.device), job.config, origin), crystals
 
 
@@ -449,13 +444,9 @@ def _save(job: Job, state: TrainState, log: IO[bytes] | None) -> None:
     """Log, then state, then checkpoint: a log may be ahead of its state, which is mended on resuming."""
     if log is None:  # another process saves
         return
-    made = {
-        "training": asdict(job.config),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {job.device}",
-        "n_updates": state.update,
-        "elapsed_s": round(state.elapsed_s, 1),
-        "n_retries": state.n_retries,
-    }
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {job.device}"
+    made = {"training": asdict(job.config), "machine": machine, "n_updates": state.update}
+    made |= {"elapsed_s": round(state.elapsed_s, 1), "n_retries": state.n_retries}
     try:
         header = [] if os.fstat(log.fileno()).st_size else state.rows[:1]
         for row in (*header, *(row.values() for row in state.rows)):
@@ -521,6 +512,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _parse_arguments(arguments: Sequence[str]) -> Job:
     parser = argparse.ArgumentParser(prog="python -m contsp_core.training", description=__doc__.splitlines()[0])
+    parser.epilog = "example: contsp train --dataset perov5 --minutes 60 --output runs/perov5.safetensors"
     parser.add_argument("--dataset", required=True, choices=DATASETS)
     parser.add_argument("--output", type=Path, help="checkpoint to write (default runs/<dataset>.safetensors)")
     parser.add_argument("--objective", default=TrainConfig.objective, choices=OBJECTIVES)

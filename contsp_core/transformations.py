@@ -187,9 +187,7 @@ TRANSFORMATIONS: dict[str, Transformation] = {
     "lattice images": Transformation(shift_images, "re-description"),
     "basis change": Transformation(change_basis, "re-description"),
     "supercell": Transformation(random_supercell, "re-description"),
-    "primitive cell": Transformation(
-        lambda crystals, rng: primitive(random_supercell(crystals, rng)), "re-description"
-    ),
+    "primitive cell": Transformation(lambda units, rng: primitive(random_supercell(units, rng)), "re-description"),
     "Niggli cell": Transformation(lambda crystals, rng: niggli(change_basis(crystals, rng)), "re-description"),
     "all re-descriptions + congruence": Transformation(random_congruent_redescription, "congruent"),
 }

@@ -14,8 +14,8 @@ import torch
 from ablation import N_VALIDATION, validation_loss
 from model_card import model_card
 
-from contsp_core.checkpoints import CHECKPOINTS, load_model, read_settings, save_checkpoint
-from contsp_core.data import choose, load_split
+from contsp_core.checkpoints import load_model, read_settings, save_checkpoint
+from contsp_core.data import CHECKPOINTS, choose, load_split
 
 MADE_ANEW = ("energy", "sampling")  # by saving
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import html
 import io
 import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event
 from typing import Any
 
 import ipywidgets as widgets
@@ -16,21 +18,26 @@ from IPython.display import display
 from contsp_core import load_model
 from contsp_core.app.prediction import (
     CALIBRATED,
+    TOO_CLOSE,
     PredictConfig,
     Prediction,
+    describe_cells,
     plan,
     predict,
     provenance,
     write_prediction,
 )
-from contsp_core.checkpoints import CHECKPOINTS, read_settings
+from contsp_core.checkpoints import read_settings
 from contsp_core.csp.candidates import TemplateLibrary, standardise
 from contsp_core.csp.views import is_live, view_crystal
-from contsp_core.data import load_split, one_line
+from contsp_core.data import CHECKPOINTS, load_split, one_line
+
+# a link that looks like a button, also where the style sheet of JupyterLab is not at hand
+BUTTON = "display:inline-block;padding:4px 14px;border-radius:3px;background:#1f6f8b;color:white;text-decoration:none"
 
 
 def show_form(formula: str = "SrTiO3", checkpoint: str = "mp20") -> None:
-    """Show the form where someone can answer it: formula, checkpoint, source, samples; Predict, rank, download."""
+    """Show the form where someone can answer it: formula, checkpoint, source, samples; Predict, Stop, download."""
     if not is_live():
         print("In a live notebook a form appears here: type a formula, press Predict, look, download.")
         return
@@ -41,30 +48,47 @@ def show_form(formula: str = "SrTiO3", checkpoint: str = "mp20") -> None:
     source = widgets.Dropdown(options=("chains", "templates", "both"), description="source", **options)
     n_samples = widgets.BoundedIntText(20, min=1, max=1000, description="samples", **options)
     button = widgets.Button(description="Predict", button_style="primary", icon="cube")
+    stop = widgets.Button(description="Stop", icon="stop", disabled=True)
     message, result = widgets.HTML(), widgets.VBox()
+    stopped, tasks = Event(), set[asyncio.Task[None]]()
 
-    def answer(_: Any) -> None:
+    async def answer() -> None:
         button.disabled, result.children = True, ()
+        stopped.clear()
         try:
             config = PredictConfig(source.value, n_samples.value, confidence=CALIBRATED.get(model.value))
             energy = load_model(model.value)
             sizes, doubts = plan(energy, text.value, config)
-            atoms, doubted = ", ".join(str(len(numbers)) for numbers in sizes), [f"<b>{doubt}</b>" for doubt in doubts]
-            message.value = "<br>".join([f"searching cells of {atoms} atoms …", *doubted])
+            doubted = [f"<b>{doubt}</b>" for doubt in doubts]
+            message.value = "<br>".join([f"searching {describe_cells(energy, sizes)} …", *doubted])
+            stop.disabled = False
             library = None
             if config.source != "chains":
                 library = TemplateLibrary(load_split(read_settings(model.value)["dataset"], "train"))
-            prediction = predict(energy, text.value, config, library)
+            # in a thread, so that the kernel hears Stop
+            prediction = await asyncio.to_thread(predict, energy, text.value, config, library, stop=stopped.is_set)
+            doubted += [TOO_CLOSE] if "too close" in prediction.table else []
             origin = provenance(model.value, config, prediction)
-            message.value = "<br>".join([f"{prediction.n_made} candidates", *doubted])
+            end = " until it was stopped" if stopped.is_set() else ""
+            message.value = "<br>".join([f"{prediction.n_made} candidates{end}", *doubted])
             result.children = (_table(prediction), _viewer(prediction), _download(prediction, origin))
         except Exception as error:  # whatever it is, it is told where someone looks
             message.value = f"<b style='color:#b00'>{html.escape(one_line(error))}</b>"
         finally:
-            button.disabled = False
+            button.disabled, stop.disabled = False, True
 
-    button.on_click(answer)
-    display(widgets.VBox([widgets.HBox([text, model]), widgets.HBox([source, n_samples, button]), message, result]))
+    def begin(_: Any) -> None:
+        tasks.add(task := asyncio.get_running_loop().create_task(answer()))  # the loop itself keeps no reference
+        task.add_done_callback(tasks.discard)
+
+    def end_early(_: Any) -> None:
+        stopped.set()
+        stop.disabled, message.value = True, "stopping after the batch in progress …"
+
+    button.on_click(begin)
+    stop.on_click(end_early)
+    buttons = widgets.HBox([source, n_samples, button, stop])
+    display(widgets.VBox([widgets.HBox([text, model]), buttons, message, result]))
 
 
 def _table(prediction: Prediction) -> widgets.HTML:
@@ -77,10 +101,11 @@ def _viewer(prediction: Prediction) -> widgets.VBox:
     rank, view = widgets.Dropdown(options=labels, description="rank"), widgets.Output()
 
     def draw(_: Any) -> None:
-        with view:
-            view.clear_output(wait=True)
-            # what answers a button does not look live by itself
-            display(view_crystal(standardise(prediction.best[rank.value - 1])).bundle(live=True), raw=True)
+        # what answers a button does not look live by itself; and set like this, since the browser no longer listens
+        # for what a message displays that came before the search
+        bundle = view_crystal(standardise(prediction.best[rank.value - 1])).bundle(live=True)
+        data = {kind: base64.b64encode(x).decode() if isinstance(x, bytes) else x for kind, x in bundle.items()}
+        view.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
 
     rank.observe(draw, "value")
     draw(None)
@@ -94,5 +119,5 @@ def _download(prediction: Prediction, origin: dict[str, Any]) -> widgets.HTML:
         for path in sorted(write_prediction(prediction, Path(folder, prediction.formula), origin).iterdir()):
             packed.write(path, f"{prediction.formula}/{path.name}")
     content, name = base64.b64encode(archive.getvalue()).decode(), f"{prediction.formula}.zip"
-    link = f"<a download='{name}' href='data:application/zip;base64,{content}'>download {name}</a>"
+    link = f"<a style='{BUTTON}' download='{name}' href='data:application/zip;base64,{content}'>download {name}</a>"
     return widgets.HTML(link + " (table, CIF, POSCAR, extended XYZ, powder patterns)")

@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from contsp_core.checkpoints import find_checkpoint, read_settings
+from contsp_core.checkpoints import read_settings
+from contsp_core.data import find_checkpoint
 
 
 def model_card(name_or_path: str | Path) -> str:

@@ -19,6 +19,7 @@ from contsp_core.csp.candidates import (
     descend,
     describe,
     element_distances,
+    is_crowded,
     make_candidates,
     rank_distinct,
     relax,
@@ -299,3 +300,14 @@ def test_wrong_input_is_named_in_one_line(call, message, model):
     with pytest.raises(ValueError, match=message) as error:
         call(model)
     assert "\n" not in str(error.value)
+
+
+def test_atoms_are_too_close_below_a_share_of_the_covalent_radii_that_no_known_crystal_goes_below():
+    radii = 1.66 + 1.02  # of Na and Cl, Cordero et al., Dalton Trans. 2832 (2008), Table 2
+    for share, crowded in ((0.59, True), (0.61, False)):
+        pair = Structure(Lattice.cubic(9), ["Na", "Cl"], [[0, 0, 0], [share * radii / 9, 0, 0]])
+        assert is_crowded(pair) is crowded
+    alone = Structure(Lattice.orthorhombic(1.9, 5, 5), ["Na"], [[0, 0, 0]])  # an atom and its own image
+    assert is_crowded(alone)
+    known = load_split("prototypes", "train").structures
+    assert min(shortest_distance(structure, relative=True) for structure in known) > 0.70

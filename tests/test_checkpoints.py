@@ -16,18 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from test_energy import NOISY, SMALL, random_batch, small_model
 
-from contsp_core import checkpoints
 from contsp_core.checkpoints import (
     FORMAT,
     digest,
-    find_checkpoint,
     load_model,
     read_settings,
     read_tensors,
     save_checkpoint,
     write_tensors,
 )
-from contsp_core.data import choose, load_split
+from contsp_core.data import choose, find_checkpoint, load_split
 from contsp_core.diffusion import DiffusionConfig, denoising_residual
 from contsp_core.energy import ContinuousCGCNN
 from contsp_core.mala import AnnealConfig
@@ -68,7 +66,7 @@ def test_a_model_remembers_how_it_is_sampled(tmp_path, config, sampling):
 
 
 def test_a_bundled_checkpoint_is_found_by_its_name(tmp_path, monkeypatch, saved):
-    monkeypatch.setattr(checkpoints, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr("contsp_core.data.CHECKPOINTS", tmp_path)
     path = saved.rename(tmp_path / "perov5.safetensors")
     assert find_checkpoint("perov5") == path
     assert read_settings("perov5")["dataset"] == "prototypes"

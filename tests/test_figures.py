@@ -12,7 +12,16 @@ import pytest
 from pymatgen.core import Lattice, Structure
 
 from contsp_core.csp import figures
-from contsp_core.csp.figures import PIECES, SHADES, boundary_atoms, crystal_marks, find_bonds, lay_out, view_rotation
+from contsp_core.csp.figures import (
+    PIECES,
+    SHADES,
+    boundary_atoms,
+    coordination_polyhedra,
+    crystal_marks,
+    find_bonds,
+    lay_out,
+    view_rotation,
+)
 
 PEROVSKITE = Structure(
     Lattice.cubic(3.905),
@@ -62,6 +71,32 @@ def test_crystal_picture_has_a_sphere_for_each_drawn_atom_all_bonds_and_twelve_e
     assert len(ax.collections[0].get_paths()) == len(marks)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["Sr", "Ti", "O"]
     assert ax.get_title() == "SrTiO$_{3}$"
+
+
+RUTILE = Structure.from_spacegroup(
+    "P4_2/mnm", Lattice.tetragonal(4.594, 2.959), ["Ti", "O"], [[0, 0, 0], [0.305, 0.305, 0]]
+)
+SHIFTED = Structure(PEROVSKITE.lattice, PEROVSKITE.species, PEROVSKITE.frac_coords + 0.5)
+DIAMOND = Structure.from_spacegroup("Fd-3m", Lattice.cubic(3.57), ["C"], [[0, 0, 0]])
+SQUARE = Structure(Lattice.tetragonal(3.9, 6), ["Pd", "O", "O"], [[0.5, 0.5, 0.5], [0, 0.5, 0.5], [0.5, 0, 0.5]])
+
+
+@pytest.mark.parametrize(
+    ("structure", "n_triangles"),
+    # octahedra inside the cell, not those around its corners; a cuboctahedron of 8 triangles and 6 squares;
+    # no ions; a square from above and from below
+    [(PEROVSKITE, 8), (RUTILE, 8), (SHIFTED, 20), (DIAMOND, 0), (SQUARE, 4)],
+)
+def test_polyhedra_are_the_hulls_of_whole_coordination_shells(structure, n_triangles):
+    drawing = lay_out(structure)
+    faces = list(coordination_polyhedra(structure, drawing))
+    assert len(faces) == n_triangles
+    corners = {tuple(np.round(corner, 6)) for face in faces for corner in face.path.vertices}
+    oxygen = drawing.positions[drawing.numbers == 8]
+    assert corners <= {tuple(np.round(position[:2], 6)) for position in oxygen}
+    assert all(0 < face.face[3] < 1 for face in faces)
+    plain, filled = (figures.draw_crystal(structure, polyhedra=x).axes[0].collections[0] for x in (False, True))
+    assert len(filled.get_paths()) - len(plain.get_paths()) == n_triangles
 
 
 def test_crystal_picture_is_painted_from_back_to_front():

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from importlib.metadata import version
 
 import ase.io
 import numpy as np
@@ -22,6 +26,7 @@ from contsp_core.app.prediction import (
     agreement,
     choose_units,
     confidence,
+    describe_cells,
     doubts,
     plan,
     powder_pattern,
@@ -99,6 +104,17 @@ def test_what_the_training_crystals_do_not_cover_is_said(model, unit, n_units, e
     assert all(text in sentence for text, sentence in zip(expected, found))
 
 
+def test_templates_are_counted_for_each_size_of_cell(model):
+    counts = [0, 0]
+    for numbers in load_split("prototypes", "train").species:
+        amounts = np.unique(numbers, return_counts=True)[1].tolist()
+        for place, n in enumerate((1, 2)):
+            counts[place] += amounts == [n, n]
+    assert 0 < counts[1] < counts[0]
+    expected = f"cells of 2 atoms ({counts[0]} templates), 4 atoms ({counts[1]} templates), 38 atoms (0 templates);"
+    assert describe_cells(model, [NACL, NACL * 2, NACL * 19]).startswith(expected)
+
+
 # What is found
 
 
@@ -135,6 +151,53 @@ def test_confidence_counts_all_crystals_found_however_many_are_kept(model, predi
     expected = confidence(tables[1]["energy"].to_numpy(), shares, parameters)
     assert tables[1]["confidence"].tolist() == pytest.approx(expected.tolist(), abs=1e-3)
     assert "confidence" not in prediction.table
+
+
+def test_a_stop_ends_the_search_after_the_batch_in_progress_and_changes_no_sample(model, monkeypatch):
+    monkeypatch.setattr("contsp_core.app.prediction.prototype", space_group)  # a name in less time
+    monkeypatch.setattr("contsp_core.app.prediction.N_DESCENT", 2)
+    monkeypatch.setattr("contsp_core.app.prediction.N_CALIBRATED", 9)
+    config = PredictConfig(n_samples=24, n_steps=2, n_units=(1,), n_jobs=1, confidence=(1.0, 2.0, -1.0))
+    answers = iter([False, True])
+    few = predict(model, "NaCl", config, stop=lambda: next(answers))
+    assert few.n_made == 8
+    assert "confidence" not in few.table  # eight chains are fewer than it was fitted for
+    eight = predict(model, "NaCl", replace(config, n_samples=8))
+    assert eight.table["energy"].tolist() == pytest.approx(few.table["energy"].tolist(), abs=1e-4)
+    with pytest.raises(ValueError, match="formula 'NaCl' was stopped too early: nothing was found"):
+        predict(model, "NaCl", config, stop=lambda: True)
+
+
+def test_crystals_with_atoms_too_close_rank_below_the_others_and_are_marked(model, prediction, monkeypatch):
+    monkeypatch.setattr("contsp_core.app.prediction.prototype", space_group)  # a name in less time
+    crowded = Structure(Lattice.cubic(5), ["Na", "Cl"], [[0, 0, 0], [0.2, 0, 0]], properties={"energy": -99.0})
+    sound = Structure(ROCK_SALT.lattice, ROCK_SALT.species, ROCK_SALT.frac_coords, properties={"energy": 0.0})
+    monkeypatch.setattr("contsp_core.app.prediction._settle", lambda *_: [crowded, sound])
+    found = predict(model, "NaCl", replace(QUICK, n_samples=1))
+    assert found.table["too close"].tolist() == [False, True]
+    assert found.table["energy"].tolist() == [0.0, -99.0]
+    assert predict(model, "NaCl", replace(QUICK, n_samples=1, n_best=1)).best == [sound]
+    for ascending in (True, False):
+        assert found.ranked_by("xrd", [0.5, 0.5], ascending).best == [sound, crowded]
+        assert found.ranked_by("xrd", [0.9, 0.1], ascending).best == [sound, crowded]
+    assert "too close: atoms nearer than 0.6 of the sum of their covalent radii" in found.summary()
+
+    class Flat(Calculator):
+        """Prefers the crowded crystal, and moves nothing."""
+
+        def __init__(self):
+            super().__init__()
+            self.implemented_properties = ["energy", "forces", "stress"]
+
+        def calculate(self, atoms=None, properties=("energy",), system_changes=()):
+            super().calculate(atoms, properties, system_changes)
+            self.results = {"energy": float(len(self.atoms)), "forces": 0 * self.atoms.positions}
+            self.results["stress"] = np.zeros(6)
+            if len(self.atoms) == 2:
+                self.results["energy"] = -99.0
+
+    assert found.relaxed(Flat()).table["calculator_energy"].tolist() == [1.0, -49.5]
+    assert "too close" not in prediction.table and "too close" not in prediction.summary()
 
 
 def test_nothing_but_overlapping_atoms_is_an_error_that_says_so(model, monkeypatch):
@@ -413,14 +476,25 @@ def test_what_is_wrong_is_told_in_one_line_before_any_work(arguments, message, t
 def test_a_checkpoint_is_evaluated(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run(capsys, "evaluate", "prototypes", "--n-structures", "2", "--n-samples", "1", "--n-jobs", "1")
-    assert 0 <= json.loads(done.out)["match_rate"] <= 1
-    assert (tmp_path / "evaluations" / "prototypes_prototypes" / "summary.json").is_file()
+    path = tmp_path / "evaluations" / "prototypes_prototypes" / "summary.json"
+    assert "score matching, noise levels: 2 crystals of prototypes/test, 1 samples of each" in done.out
+    assert str(path.relative_to(tmp_path)) in done.out
+    scores = json.loads(path.read_text())["scores"]
+    for name, label in (("match_rate", "match rate, loose"), ("crmse", "cRMSE")):
+        low, high = scores[f"{name}@1_interval"]
+        assert re.search(rf"^{label} +{scores[name + '@1']:.3f} \[{low:.3f}, {high:.3f}\]$", done.out, re.MULTILINE)
+    assert re.search("^RMSE +(–|0)", done.out, re.MULTILINE)
 
 
 def test_an_energy_is_audited(tmp_path, capsys):
-    path = tmp_path / "salt.cif"
-    ROCK_SALT.to(str(path))
-    done = run(capsys, "audit", str(path), "--checkpoint", "prototypes")
+    path, other = tmp_path / "salt.cif", tmp_path / "caesium.cif"
+    ROCK_SALT.get_primitive_structure().to(str(path))
+    Structure(Lattice.cubic(4.1), ["Cs", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]]).to(str(other))
+    done = run(capsys, "audit", str(path), str(other), "--checkpoint", "prototypes")
+    first, header, *rows = done.out.splitlines()
+    assert first == f"prototypes on {path} (NaCl), {other} (CsCl)"
+    assert "worst crystal" in header
+    assert all((str(path) in row) != (str(other) in row) for row in rows)
     assert "supercell" in done.out
     assert "jump" not in done.out
     with pytest.raises(SystemExit, match=r"nowhere\.cif' cannot be read as a crystal"):
@@ -432,7 +506,43 @@ def test_training_is_one_of_the_commands():
         cli.main(["train", "--dataset", "prototypes", "--minutes", "-1"])
 
 
-def test_help_teaches(capsys):
+@pytest.mark.parametrize("command", ["predict", "evaluate", "audit", "train"])
+def test_help_teaches_by_examples(command, capsys):
+    for arguments in (["--help"], [command, "--help"]):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        text = capsys.readouterr().out.partition("example")[2]
+        assert f" contsp {command} " in text
+    others = {"predict", "evaluate", "audit", "train"} - {command}
+    assert not any(f"contsp {other}" in text for other in others)
+
+
+def test_the_version_is_told(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["--help"])
-    assert "contsp predict SrTiO3" in capsys.readouterr().out
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"contsp {version('contsp_core')}\n"
+
+
+SLIPS = """
+import sys
+from contsp_core.app.cli import main
+for line in sys.stdin.read().splitlines():
+    try:
+        main(line.split())
+    except SystemExit as end:
+        assert end.code, line
+    else:
+        sys.exit(f"{line} is no error")
+    assert "torch" not in sys.modules, line
+"""
+
+
+def test_a_slip_is_told_before_torch_is_imported(tmp_path):
+    lines = ["predcit", "predict --n-smaples 3 TiO2", "predict NaXx", "predict nowhere.csv", "audit nowhere.cif"]
+    lines += ["predict --checkpoint nowhere TiO2", "evaluate nowhere", "evaluate mp20 --dataset nowhere"]
+    lines += ["evaluate", "audit --checkpoint nowhere salt.cif"]
+    ROCK_SALT.to(str(tmp_path / "salt.cif"))
+    command = [sys.executable, "-W", "ignore", "-c", SLIPS]
+    done = subprocess.run(command, cwd=tmp_path, input="\n".join(lines), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "invalid choice: 'predcit'" in done.stderr

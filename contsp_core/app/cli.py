@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit("stopped; what is on disk is complete") from None
 
 
+def _examples(command: str) -> dict[str, Any]:
+    lines = [line for line in EXAMPLES.splitlines() if line.startswith(f"  contsp {command}")]
+    return {"epilog": "\n".join(["examples:", *lines]), "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
 def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "contsp", description="Crystal structures from a learned energy.", epilog=EXAMPLES, formatter_class=raw
-    )
+    from contsp_core.data import DATASETS
+
+    parser = argparse.ArgumentParser("contsp", description="Crystal structures from a learned energy.", **_examples(""))
+    parser.add_argument("--version", action="version", version=f"contsp {version('contsp_core')}")
     commands = parser.add_subparsers(required=True, metavar="predict | evaluate | audit | train")
-    own = commands.add_parser("predict", help="crystals of one or many formulas, ranked, in files")
+    own = commands.add_parser("predict", help="crystals of formulas, ranked, in files", **_examples("predict"))
     own.set_defaults(command=predict)
-    own.add_argument(
-        "formulas", nargs="+", metavar="FORMULA|FILE.csv", help="formulas, or files with a column 'formula'"
-    )
+    own.add_argument("formulas", nargs="+", metavar="FORMULA|FILE.csv", help="or files with a column 'formula'")
     own.add_argument("--checkpoint", default="mp20", help="bundled name or .safetensors file (default mp20)")
     own.add_argument("--output", type=Path, default=Path("predictions"), help="folder of a folder per formula")
     own.add_argument("--source", default="chains", choices=("chains", "templates", "both"), help="default chains")
@@ -61,10 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     existing = own.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="leave out formulas that were predicted")
     existing.add_argument("--overwrite", action="store_true", help="replace earlier predictions")
-    own = commands.add_parser("evaluate", help="score a checkpoint, or a folder of CIFs, on the crystals of a data set")
+    own = commands.add_parser("evaluate", help="score a checkpoint, or CIFs, on a data set", **_examples("evaluate"))
     own.set_defaults(command=evaluate)
     own.add_argument("checkpoint", nargs="?", help="bundled name or .safetensors file; may be left out with --cifs")
-    own.add_argument("--dataset", help="default: that of the checkpoint")
+    own.add_argument("--dataset", choices=DATASETS, help="default: that of the checkpoint")
     own.add_argument("--split", default="test", choices=("train", "val", "test"))
     own.add_argument("--cifs", type=Path, help="score these: <material_id>/<number>.cif, made by any program")
     own.add_argument("--output", type=Path, help="default evaluations/<checkpoint or CIF folder>_<dataset>")
@@ -72,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--n-samples", type=int, help="default 20")
     own.add_argument("--seed", type=int, default=0)
     own.add_argument("--n-jobs", type=int, default=-1, help="processes (default: all cores)")
-    own = commands.add_parser("audit", help="is an energy invariant and continuous? measured on your crystals")
+    own = commands.add_parser("audit", help="is an energy invariant and continuous?", **_examples("audit"))
     own.set_defaults(command=audit)
     own.add_argument("files", nargs="+", type=Path, metavar="FILE", help="crystals: CIF, POSCAR, …")
     own.add_argument("--checkpoint", default="mp20", help="energy to audit (default mp20)")
@@ -86,37 +90,27 @@ def predict(
     formulas: Sequence[str], checkpoint: str, output: Path, resume: bool, overwrite: bool, **options: Any
 ) -> None:
     """``contsp predict``: all that can be wrong is found before the first chain."""
-    given = read_formulas(formulas)  # before what takes seconds to import
-    import pandas as pd
+    from contsp_core.data import find_checkpoint, load_split, retold
+
+    given, _ = read_formulas(formulas), find_checkpoint(checkpoint)  # before what takes seconds to import
     from pymatgen.core import Composition
 
     from contsp_core import load_model
+    from contsp_core.app import prediction as made
     from contsp_core.app.calculators import load_calculator
-    from contsp_core.app.prediction import (
-        CALIBRATED,
-        MADE_BY,
-        PredictConfig,
-        check_replaceable,
-        plan,
-        provenance,
-        read_pattern,
-        write_prediction,
-    )
-    from contsp_core.app.prediction import predict as run
     from contsp_core.checkpoints import read_settings
     from contsp_core.csp.candidates import TemplateLibrary
-    from contsp_core.data import load_split, retold
 
     name, pattern = options.pop("calculator"), options.pop("xrd")
     options["n_units"] = options["n_units"] and tuple(options["n_units"])
-    config, model = PredictConfig(**options, confidence=CALIBRATED.get(checkpoint)), load_model(checkpoint)
+    config, model = made.PredictConfig(**options, confidence=made.CALIBRATED.get(checkpoint)), load_model(checkpoint)
     names = list(dict.fromkeys(Composition(formula).reduced_formula for formula in given))
-    plans = {formula: plan(model, formula, config) for formula in names}
+    plans = {formula: made.plan(model, formula, config) for formula in names}
     calculator = name and load_calculator(name)
-    measured = None if pattern is None else read_pattern(pattern)
-    missing = [formula for formula in names if not (resume and (output / formula / MADE_BY).is_file())]
+    measured = None if pattern is None else made.read_pattern(pattern)
+    missing = [formula for formula in names if not (resume and (output / formula / made.MADE_BY).is_file())]
     for formula in missing:
-        check_replaceable(output / formula, overwrite)
+        made.check_replaceable(output / formula, overwrite)
     with retold(f"output {str(output)!r} cannot be written", OSError):
         output.mkdir(parents=True, exist_ok=True)
     needs_library = config.source != "chains"
@@ -124,16 +118,16 @@ def predict(
     failed = []
     for formula in missing:
         species, doubts = plans[formula]
-        print(f"{formula}: cells of {', '.join(str(len(numbers)) for numbers in species)} atoms", file=sys.stderr)
-        for doubt in doubts:
-            print(f"{formula}: warning: {doubt}", file=sys.stderr)
+        for text in (made.describe_cells(model, species), *(f"warning: {doubt}" for doubt in doubts)):
+            print(f"{formula}: {text}", file=sys.stderr)
         try:
-            prediction = run(model, formula, config, library, progress=True)
-            origin = provenance(checkpoint, config, prediction) | {"calculator": name, "xrd": pattern and str(pattern)}
+            prediction = made.predict(model, formula, config, library, progress=True)
+            origin = made.provenance(checkpoint, config, prediction)
+            origin |= {"calculator": name, "xrd": pattern and str(pattern)}
             prediction = prediction.relaxed(calculator) if calculator else prediction
             prediction = prediction if measured is None else prediction.compared(measured)
-            folder = write_prediction(prediction, output / formula, origin, overwrite)
-            for reason in dict.fromkeys(prediction.table.get("calculator_error", pd.Series(dtype=str)).dropna()):
+            folder = made.write_prediction(prediction, output / formula, origin, overwrite)
+            for reason in dict.fromkeys(filter(None, prediction.table.get("calculator_error", []))):
                 print(f"{formula}: warning: {name} failed on some crystals: {reason}", file=sys.stderr)
             if "calculator_energy" not in prediction.table and calculator:
                 raise ValueError(f"{name} failed on all crystals, which are in {folder} as they were found")
@@ -148,8 +142,6 @@ def predict(
 
 def read_formulas(entries: Sequence[str]) -> list[str]:
     """Formulas as given, and those of CSV files; a ValueError names the file and the row of one that is none."""
-    import pandas as pd
-
     from contsp_core.data import parse_formula, retold
 
     found = []
@@ -158,6 +150,8 @@ def read_formulas(entries: Sequence[str]) -> list[str]:
             parse_formula(entry)
             found.append(entry)
             continue
+        import pandas as pd
+
         with retold(f"{entry!r} cannot be read as CSV", OSError, ValueError):
             table = pd.read_csv(entry, keep_default_na=False, dtype=str)
         if "formula" not in table.columns or not len(table):
@@ -172,14 +166,16 @@ def read_formulas(entries: Sequence[str]) -> list[str]:
 def evaluate(
     checkpoint: str | None, dataset: str | None, cifs: Path | None, output: Path | None, **options: Any
 ) -> None:
-    """``contsp evaluate``: scores as JSON; tables and samples are in the output folder."""
-    import json
-
-    from contsp_core.checkpoints import read_settings
-    from contsp_core.csp.evaluation import EvaluationConfig, evaluate_checkpoint, evaluate_cifs
+    """``contsp evaluate``: a table of scores; all of them as JSON, and the samples, are in the output folder."""
+    from contsp_core.data import find_checkpoint
 
     if checkpoint is None and (cifs is None or dataset is None):
         raise ValueError("checkpoint is missing, expected one, or --cifs and --dataset")
+    checkpoint is None or find_checkpoint(checkpoint)
+    from contsp_core.checkpoints import read_settings
+    from contsp_core.csp.evaluation import SUMMARY, EvaluationConfig, evaluate_checkpoint, evaluate_cifs
+    from contsp_core.csp.metrics import score_table
+
     settings = EvaluationConfig(progress=True, **options)
     dataset = dataset or str(read_settings(str(checkpoint))["dataset"])
     output = output or Path("evaluations") / f"{Path(cifs or str(checkpoint)).stem}_{dataset}"
@@ -187,24 +183,31 @@ def evaluate(
         found = evaluate_checkpoint(checkpoint, dataset, output, settings)
     else:
         found = evaluate_cifs(cifs, dataset, output, settings, checkpoint)
-    print(json.dumps(found.summary["scores"], indent=2))
+    n_samples, method = found.summary["scores"]["n_samples"], found.summary["settings"]["method"]
+    print(f"{method}: {len(found.table)} crystals of {dataset}/{found.references.split}, {n_samples} samples of each")
+    print(f"{score_table(found.summary['scores']).to_string()}\nmore in {output / SUMMARY}")
 
 
 def audit(files: Sequence[Path], checkpoint: str, calculator: str | None, seed: int) -> None:
     """``contsp audit``: the table of :func:`contsp_core.invariance.audit`."""
     from pymatgen.core import Structure
 
-    from contsp_core import load_model
-    from contsp_core.app.calculators import load_calculator
-    from contsp_core.data import retold
-    from contsp_core.invariance import audit as measure
+    from contsp_core.data import find_checkpoint, retold
 
-    energy: Any = load_calculator(calculator) if calculator else load_model(checkpoint)
     structures = []
     for path in files:
         with retold(f"{str(path)!r} cannot be read as a crystal", Exception):  # pymatgen raises many kinds
             structures.append(Structure.from_file(path))
-    print(measure(energy, structures, seed=seed).to_string())
+        structures[-1].properties = {"material_id": str(path)}
+    calculator or find_checkpoint(checkpoint)
+    from contsp_core import load_model
+    from contsp_core.app.calculators import load_calculator
+    from contsp_core.invariance import audit as measure
+
+    energy: Any = load_calculator(calculator) if calculator else load_model(checkpoint)
+    table = measure(energy, structures, seed=seed).rename(columns={"material_id": "worst crystal"})
+    names = [f"{path} ({structure.composition.reduced_formula})" for path, structure in zip(files, structures)]
+    print(f"{calculator or checkpoint} on {', '.join(names)}\n{table.drop(columns='index').to_string(index=False)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""From a formula to crystals on disk: plan, sample, rank, describe, write.
-
-``contsp predict`` and the prediction notebook are thin layers over :func:`predict` and :func:`write_prediction`.
-"""
+"""From a formula to crystals on disk: plan, sample, rank, describe, write."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ import shutil
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -37,13 +34,15 @@ from pymatgen.io.vasp.inputs import Poscar
 from tqdm.auto import tqdm
 
 from contsp_core.app.calculators import relax_and_rank
-from contsp_core.checkpoints import find_checkpoint, read_settings
+from contsp_core.checkpoints import read_settings
 from contsp_core.crystals import MAX_ATOMIC_NUMBER, check_settings, reduce_species
 from contsp_core.csp.candidates import (
+    CLOSEST,
     N_DESCENT,
     TemplateLibrary,
     descend,
     describe,
+    is_crowded,
     make_candidates,
     rank_distinct,
     space_group,
@@ -52,7 +51,7 @@ from contsp_core.csp.candidates import (
 )
 from contsp_core.csp.figures import draw_crystals
 from contsp_core.csp.metrics import run_with_time_limit
-from contsp_core.data import one_line, parse_formula, retold
+from contsp_core.data import find_checkpoint, one_line, parse_formula, retold
 from contsp_core.sampler import sample_structures
 
 if TYPE_CHECKING:
@@ -61,7 +60,6 @@ if TYPE_CHECKING:
 
     from contsp_core.energy import ContinuousCGCNN
 
-Source = Literal["chains", "templates", "both"]
 MAX_ATOMS = 200  # of a cell
 PARTS = 2  # of a round for each process: a progress bar can move
 N_SIZES = 3  # numbers of formula units that are tried, of those that training crystals have
@@ -69,17 +67,19 @@ ROUND = 8  # chains of each size between two looks at the clock
 CALIBRATED = {"mp20": (1.637, 1.618, -2.792)}  # bundled checkpoint -> parameters of confidence
 N_CALIBRATED = 20  # chains for which they were fitted; fewer agree by chance
 MADE_BY = "candidates.json"
+TOO_CLOSE = f"too close: atoms nearer than {CLOSEST} of the sum of their covalent radii; ranked below those without"
 SYMPREC = 0.1  # Å
 PEAK_WIDTH = 0.2  # standard deviation of a peak of a simulated powder pattern, degrees
 STRETCHES = np.linspace(0.94, 1.06, 49)  # of the lattice, tried when a pattern is compared
 TWO_THETA = (5.0, 90.0)  # degrees, Cu Kα
+_prototypes = functools.cache(AflowPrototypeMatcher)  # made once, when first asked
 
 
 @dataclass(frozen=True)
 class PredictConfig:
     """What is tried for a formula, and what is kept; checked."""
 
-    source: Source = "chains"  # chains from random starts, known crystals with their elements exchanged, or both
+    source: Literal["chains", "templates", "both"] = "chains"  # templates: known crystals, elements exchanged
     n_samples: int = 20  # of each source and number of formula units
     n_steps: int | None = None  # of a chain; None: as the checkpoint says
     n_units: tuple[int, ...] | None = None  # formula units in the cell; None: what :func:`choose_units` says
@@ -112,7 +112,9 @@ class Prediction:
 
     def ranked_by(self, name: str, values: Sequence[float], ascending: bool = True) -> Prediction:
         """With another column that ranks the crystals, those without a value last."""
+        crowded = [is_crowded(structure) for structure in self.best]
         table = self.table.assign(**{name: values}).sort_values(name, ascending=ascending, kind="stable")
+        table = table.loc[sorted(table.index, key=lambda rank: crowded[rank - 1])]
         groups = [self.groups[rank - 1] for rank in table.index]
         table.index = self.table.index
         return replace(self, groups=groups, table=table)
@@ -122,7 +124,7 @@ class Prediction:
         numbered = [structure.copy() for structure in self.best]
         for place, structure in enumerate(numbered):
             structure.properties = structure.properties | {"place": place}  # copies share theirs
-        found = relax_and_rank(numbered, calculator, n_best=len(numbered))
+        found = sorted(relax_and_rank(numbered, calculator, n_best=len(numbered)), key=is_crowded)
         places = [structure.properties.pop("place") for structure in found]
         groups = [[structure, *self.groups[place][1:]] for structure, place in zip(found, places)]
         table = tabulate(groups)
@@ -136,7 +138,8 @@ class Prediction:
 
     def summary(self) -> str:
         """The table for a terminal."""
-        return self.table.drop(columns=["α", "β", "γ", "at 0.01 Å", "at 0.3 Å"]).round(3).to_string()
+        text = self.table.drop(columns=["α", "β", "γ", "at 0.01 Å", "at 0.3 Å"]).round(3).to_string()
+        return f"{text}\n{TOO_CLOSE}" if "too close" in self.table else text
 
 
 def plan(model: ContinuousCGCNN, formula: str, config: PredictConfig) -> tuple[list[list[int]], list[str]]:
@@ -147,11 +150,18 @@ def plan(model: ContinuousCGCNN, formula: str, config: PredictConfig) -> tuple[l
     """
     unit = [number for number, count in reduce_species(parse_formula(formula)).items() for _ in range(count)]
     n_units = config.n_units or choose_units(model, unit)
-    if len(unit) * max(n_units) > MAX_ATOMS:
-        raise ValueError(
-            f"formula {formula!r} × {max(n_units)} has {len(unit) * max(n_units)} atoms, expected ≤ {MAX_ATOMS}"
-        )
+    if (n_atoms := len(unit) * max(n_units)) > MAX_ATOMS:
+        raise ValueError(f"formula {formula!r} × {max(n_units)} has {n_atoms} atoms, expected ≤ {MAX_ATOMS}")
     return [unit * n for n in sorted(set(n_units))], doubts(model, unit, n_units)
+
+
+def describe_cells(model: ContinuousCGCNN, species: Sequence[Sequence[int]]) -> str:
+    """Their sizes, and how many training crystals each can take its start from, of those of the same stoichiometry."""
+    known, sizes = np.sort(_training_counts(model), axis=1), []
+    for numbers in species:
+        alike = (known == np.sort(np.bincount(numbers, minlength=MAX_ATOMIC_NUMBER + 1))).all(axis=1)
+        sizes.append(f"{len(numbers)} atoms ({alike.sum()} templates)")
+    return f"cells of {', '.join(sizes)}; templates: training crystals of this stoichiometry and size"
 
 
 def choose_units(model: ContinuousCGCNN, unit: Sequence[int]) -> tuple[int, ...]:
@@ -167,11 +177,9 @@ def doubts(model: ContinuousCGCNN, unit: Sequence[int], n_units: Sequence[int]) 
     counts, found = _training_counts(model), []
     if not len(counts):
         return ["the checkpoint does not say which crystals it was trained on"]
-    unseen = [str(Element.from_Z(number)) for number in dict.fromkeys(unit) if not counts[:, number].any()]
-    if unseen:
+    if unseen := [str(Element.from_Z(number)) for number in dict.fromkeys(unit) if not counts[:, number].any()]:
         found.append(f"no training crystal has {' or '.join(unseen)}: energies are guesses")
-    same = _same_stoichiometry(model, unit)
-    if not same.any():
+    if not _same_stoichiometry(model, unit).any():
         found.append("no training crystal has this stoichiometry: cells are those of others")
     largest, n_atoms = int(counts.sum(axis=1).max()), len(unit) * max(n_units)
     if n_atoms > largest:
@@ -198,6 +206,7 @@ def predict(
     config: PredictConfig | None = None,
     library: TemplateLibrary | None = None,
     progress: bool = False,
+    stop: Callable[[], bool] | None = None,
 ) -> Prediction:
     """The crystals that a formula may have, from an energy that knows nothing but the formula.
 
@@ -209,9 +218,10 @@ def predict(
         config: by default 20 chains of each size.
         library: training crystals, needed for the sources ``templates`` and ``both``.
         progress: show a progress bar where standard error is a terminal.
+        stop: asked before every ``ROUND`` chains of each size whether to end with what was found.
 
     Raises:
-        ValueError: on text that is no formula, cells that are too large, or a library that is missing.
+        ValueError: on text that is no formula, cells that are too large, a library that is missing, or nothing found.
     """
     config, started = config or PredictConfig(), time.monotonic()
     species, doubted = plan(model, formula, config)
@@ -224,24 +234,26 @@ def predict(
             made += _settle(model, [structure for structure in found if structure is not None], "templates")
     if config.source != "templates":
         work, n_jobs = delayed(partial(_run, model, species, config)), effective_n_jobs(config.n_jobs)
-        round_ = config.n_samples if config.minutes is None else ROUND
+        round_ = config.n_samples if config.minutes is None and stop is None else ROUND
         for first in range(0, config.n_samples, round_):
+            spent = (time.monotonic() - started) / 60  # another round may end too late
+            late = first and config.minutes is not None and spent * (1 + round_ / first) > config.minutes
+            if late or (stop is not None and stop()):
+                break
             numbers = np.arange(first, min(first + round_, config.n_samples))
             parts = [part for part in np.array_split(numbers, PARTS * n_jobs) if len(part)]
             found = Parallel(n_jobs, return_as="generator")(work(part) for part in parts)
             shown = tqdm(found, "sampling", len(parts), disable=None if progress else True)
             made += itertools.chain.from_iterable(shown)
-            spent = (time.monotonic() - started) / 60
-            if config.minutes is not None and spent * (1 + round_ / (first + round_)) > config.minutes:
-                break  # another round would end too late
     if not made:
-        raise ValueError(f"formula {formula!r} has no template, expected one; source 'chains' needs none")
-    groups = rank_distinct(made, n_jobs=config.n_jobs)
+        problem = "was stopped too early" if stop and stop() else "has no template; source 'chains' needs none"
+        raise ValueError(f"formula {formula!r} {problem}: nothing was found")
+    groups = sorted(rank_distinct(made, n_jobs=config.n_jobs), key=lambda group: is_crowded(group[0]))
     if not groups:
         raise ValueError(f"formula {formula!r}: atoms overlap in all of {len(made)} candidates, expected one without")
     kept, energies = groups[: config.n_best], np.array([group[0].properties["energy"] for group in groups])
     table = tabulate(kept, config.n_jobs)
-    calibrated = config.source == "chains" and config.n_samples >= N_CALIBRATED and not doubted
+    calibrated = config.source == "chains" and len(made) >= N_CALIBRATED * len(species) and not doubted
     if config.confidence and calibrated:
         shares = np.array([len(group) for group in groups]) / len(made)
         table.insert(1, "confidence", confidence(energies, shares, config.confidence)[: len(kept)])
@@ -256,6 +268,8 @@ def tabulate(groups: list[list[Structure]], n_jobs: int = -1) -> pd.DataFrame:
     for name in ("calculator_error", "calculator_converged", "calculator_energy"):
         if any(name in structure.properties for structure in best):
             table.insert(1, name, [structure.properties.get(name) for structure in best])
+    if any(crowded := [is_crowded(structure) for structure in best]):
+        table.insert(1, "too close", crowded)
     return table
 
 
@@ -281,11 +295,6 @@ def _settle(model: ContinuousCGCNN, structures: list[Structure], source: str) ->
     return settled
 
 
-@functools.lru_cache(maxsize=1)
-def _prototypes() -> AflowPrototypeMatcher:
-    return AflowPrototypeMatcher()
-
-
 def prototype(structure: Structure) -> str:
     """Name and Strukturbericht symbol of the AFLOW prototype that a crystal has; empty if pymatgen knows none."""
     found: list[Any] = []
@@ -295,8 +304,8 @@ def prototype(structure: Structure) -> str:
     found = [entry for entry in found if entry["tags"]["aflow"].split("_")[2] == number]  # a match may be loose
     if not found:
         return ""
-    names = [found[0]["tags"][name] for name in ("mineral", "strukturbericht", "aflow")]
-    known = [name for name in names if name and name != "None"]
+    tags = found[0]["tags"]
+    known = [tags[name] for name in ("mineral", "strukturbericht", "aflow") if tags[name] not in (None, "", "None")]
     return known[0] if len(known) < 3 else f"{known[0]} ({known[1]})"
 
 
@@ -346,17 +355,12 @@ def read_pattern(path: str | Path) -> np.ndarray:
 def provenance(checkpoint: str | Path, config: PredictConfig, prediction: Prediction) -> dict[str, Any]:
     """What made a prediction: settings, program versions, the checkpoint and its training data."""
     path, header = find_checkpoint(checkpoint), read_settings(checkpoint)
-    names = ("contsp_core", "torch", "pymatgen", "spglib", "numpy")
-    return {
-        "formula": prediction.formula,
-        "checkpoint": path.stem,
-        "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "trained_on": {name: header.get(name) for name in ("dataset", "n_structures", "data")},
-        "settings": asdict(config),
-        "n_candidates": prediction.n_made,
-        "doubts": prediction.doubts,
-        "versions": {name: version(name) for name in names},
-    }
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    trained_on = {name: header.get(name) for name in ("dataset", "n_structures", "data")}
+    made: dict[str, Any] = {"formula": prediction.formula, "checkpoint": path.stem, "checkpoint_sha256": digest}
+    made |= {"trained_on": trained_on, "settings": asdict(config), "n_candidates": prediction.n_made}
+    versions = {name: version(name) for name in ("contsp_core", "torch", "pymatgen", "spglib", "numpy")}
+    return made | {"doubts": prediction.doubts, "versions": versions}
 
 
 def write_prediction(prediction: Prediction, folder: Path, origin: dict[str, Any], overwrite: bool = False) -> Path:
@@ -401,9 +405,8 @@ def check_replaceable(folder: Path, overwrite: bool) -> None:
 
 def _write_crystal(structure: Structure, stem: Path, origin: dict[str, Any]) -> None:
     energy, relaxed = structure.properties["energy"], structure.properties.get("calculator_energy")
-    label: dict[str, Any] = {"energy_per_atom": energy}
-    if relaxed is not None:
-        label = {"calculator_energy_per_atom": relaxed, "energy_before_relaxing": energy}
+    both: dict[str, Any] = {"calculator_energy_per_atom": relaxed, "energy_before_relaxing": energy}
+    label = {"energy_per_atom": energy} if relaxed is None else both
     label |= {"checkpoint": origin["checkpoint"], "seed": origin["settings"]["seed"]}
     comment = ", ".join(f"{name} {value}" for name, value in label.items())
     symmetric, name = standardise(structure), structure.composition.reduced_formula
@@ -429,11 +432,8 @@ def confidence(energies: np.ndarray, shares: np.ndarray, parameters: Sequence[fl
 
     A conditional logit: exp(s) / (exp(c) + Σ exp(s)) with s = a ln(share) − b (E − lowest E); exp(c) stands for a
     crystal that was not found. ``notebooks/ranking.py`` fits (a, b, c) to 20 chains for each formula in cells with the
-    right number of formula units, and tests them on other formulas.
-
-    Args:
-        energies: (n,) per atom, dimensionless.
-        shares: (n,) share of the candidates that ended in each crystal.
+    right number of formula units, and tests them on other formulas. ``energies`` (n,) are per atom, dimensionless;
+    ``shares`` (n,) are those of the candidates that ended in each crystal.
     """
     a, b, c = parameters
     scores = a * np.log(shares) - b * (energies - energies.min())

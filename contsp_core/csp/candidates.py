@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pandas as pd
 import torch
+from ase.data import covalent_radii
 from pymatgen.core import Structure
 from pymatgen.core.structure_matcher import StructureMatcher
 from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
@@ -45,6 +46,7 @@ WITHOUT_MODEL = ("templates",)
 N_STEPS = {"templates_relaxed": 20}  # energy gradients a candidate; what descends takes as many as a chain
 N_DESCENT = 60  # gradients from the end of a chain to the bottom of its well
 BATCH_ATOMS = 8192  # that move together
+CLOSEST = 0.6  # of the sum of covalent radii (Cordero et al., Dalton Trans. 2832 (2008)); bundled crystals have ≥ 0.70
 LARGEST_MOVE = 0.3  # Å, of all atoms together in one step of descent; or a strain of 0.1
 
 
@@ -328,19 +330,20 @@ def describe(groups: Sequence[Sequence[Structure]]) -> pd.DataFrame:
         best, made_by = group[0], [structure.properties.get("source") for structure in group]
         row = {"energy": best.properties["energy"], "found": len(group)}
         row |= {source: made_by.count(source) for source in sources}
-        row |= {
-            "space group": space_group(best),
-            "at 0.01 Å": space_group(best, 0.01),
-            "at 0.3 Å": space_group(best, 0.3),
-        }
+        row |= {"space group": space_group(best)} | {f"at {limit} Å": space_group(best, limit) for limit in (0.01, 0.3)}
         row |= {"atoms": len(best), "density": float(best.density), "V/atom": best.volume / len(best)}
         row |= {"shortest": shortest_distance(best)}
         rows.append(row | dict(zip(("a", "b", "c", "α", "β", "γ"), standardise(best).lattice.parameters)))
     return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="rank"))
 
 
-def shortest_distance(structure: Structure) -> float:
-    """Between two atoms of a crystal, images included, Å."""
-    distances = structure.distance_matrix
+def shortest_distance(structure: Structure, relative: bool = False) -> float:
+    """Between two atoms of a crystal, images included, Å; or relative to the sum of their covalent radii."""
+    distances, radii = structure.distance_matrix, covalent_radii[list(structure.atomic_numbers)]
     np.fill_diagonal(distances, min(structure.lattice.get_niggli_reduced_lattice().abc))
-    return float(distances.min())
+    return float((distances / (radii[:, None] + radii) if relative else distances).min())
+
+
+def is_crowded(structure: Structure) -> bool:
+    """Whether two atoms are nearer than in any real crystal: ``CLOSEST`` of the sum of their covalent radii."""
+    return shortest_distance(structure, relative=True) < CLOSEST

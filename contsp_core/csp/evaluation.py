@@ -24,11 +24,11 @@ from pymatgen.core import Structure
 from pymatgen.io.cif import CifWriter
 from tqdm import tqdm
 
-from contsp_core.checkpoints import find_checkpoint, load_model, read_settings
+from contsp_core.checkpoints import load_model, read_settings
 from contsp_core.crystals import check_settings
 from contsp_core.csp.candidates import N_STEPS, SOURCES, TemplateLibrary, make_candidates, with_energies
 from contsp_core.csp.metrics import LISTS, check_limits, evaluate_csp, run_with_time_limit, spread
-from contsp_core.data import choose, load_split, parse_cifs, retold, write_whole
+from contsp_core.data import choose, find_checkpoint, load_split, parse_cifs, retold, write_whole
 from contsp_core.diffusion import DiffusionConfig
 from contsp_core.sampler import sampling_config
 
@@ -42,12 +42,9 @@ ENERGIES = "energies.json"  # {file name: energy or null}; written last: names t
 SETTINGS, SUMMARY, TABLE = "settings.json", "summary.json", "per_crystal.csv"
 N_SAMPLES = 20
 OBJECTIVES = {"score_matching": "score matching", "contrastive_divergence": "contrastive divergence"}
-METHODS = {  # labels of sources; that of "chains" depends on the model
-    "start": "the sampler's start, no gradient",
-    "start_descended": "the sampler's start, energy descent",
-    "templates": "element substitution",
-    "templates_relaxed": "element substitution, short chains",
-}
+# labels of sources; that of "chains" depends on the model
+METHODS = {"start": "the sampler's start, no gradient", "start_descended": "the sampler's start, energy descent"}
+METHODS |= {"templates": "element substitution", "templates_relaxed": "element substitution, short chains"}
 # of pickled training crystals, for these can be a key: made once in each process
 _library = lru_cache(maxsize=1)(lambda training: TemplateLibrary(pickle.loads(training)))
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -22,18 +23,9 @@ if TYPE_CHECKING:
 
 
 COLORS = ("#1f6f8b", "#d1603d", "#5a8f3c", "#8a5a9e", "#c99a2e", "#555555")
-STYLE: dict[Any, Any] = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 10,
-    "figure.constrained_layout.use": True,
-    "figure.dpi": 110,
-    "font.size": 9,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "lines.linewidth": 1.4,
-}
+STYLE: dict[Any, Any] = {"axes.grid": True, "axes.spines.right": False, "axes.spines.top": False, "axes.titlesize": 10}
+STYLE |= {"figure.constrained_layout.use": True, "figure.dpi": 110, "font.size": 9, "grid.alpha": 0.25}
+STYLE |= {"legend.frameon": False, "lines.linewidth": 1.4}
 ENERGY = "energy $E$ (dimensionless)"
 BOUNDARY = 1e-2  # fractional distance to a face below which an atom is repeated on the opposite face
 BOND_REACH = 1.15  # of the sum of the covalent radii
@@ -165,12 +157,37 @@ def _line(start: np.ndarray, stop: np.ndarray, color: Any, width: float) -> Iter
         yield Mark((first[2] + second[2]) / 2, Outline([first[:2], second[:2]]), "none", color, width)
 
 
-def crystal_marks(drawing: Drawing) -> list[Mark]:
+def coordination_polyhedra(structure: Structure, drawing: Drawing) -> Iterator[Mark]:
+    """Translucent hulls of the bonded neighbours of a cation, where there are four or more and all are drawn."""
+    from ase.data import chemical_symbols
+    from ase.data.colors import jmol_colors
+    from matplotlib.path import Path as Outline
+    from pymatgen.core import Element
+    from scipy.spatial import ConvexHull
+
+    shifts, n_atoms = np.array(list(itertools.product((0, 1, -1), repeat=3))), len(structure)
+    images = (structure.frac_coords % 1 + shifts[:, None]).reshape(-1, 3) @ structure.lattice.matrix
+    bonds = find_bonds(images, np.tile(structure.atomic_numbers, len(shifts)))
+    n_bonds = np.bincount(bonds[bonds < n_atoms], minlength=n_atoms)  # in the endless crystal
+    with warnings.catch_warnings(action="ignore"):  # of noble gases, which have no electronegativity
+        attraction = np.array([Element(chemical_symbols[number]).X for number in drawing.numbers])
+    for atom, (index, number) in enumerate(zip(drawing.index, drawing.numbers)):
+        others = drawing.bonds[(drawing.bonds == atom).any(axis=1)].sum(axis=1) - atom
+        if len(others) == n_bonds[index] >= 4 and attraction[atom] < attraction[others].min():
+            ends = drawing.positions[others]
+            for corners in ends[ConvexHull(ends, qhull_options="QJ").simplices]:  # joggled: they may lie in a plane
+                normal = np.cross(corners[1] - corners[0], corners[2] - corners[0])
+                light = 0.5 + 0.5 * abs(normal[2]) / np.linalg.norm(normal)
+                outline = Outline(corners[[0, 1, 2, 0], :2])
+                yield Mark(corners[:, 2].mean(), outline, (*light * jmol_colors[number], 0.45), "none", 0.0)
+
+
+def crystal_marks(drawing: Drawing, hulls: Iterable[Mark] = ()) -> list[Mark]:
     """What a still picture of a crystal is made of, from back to front."""
     from ase.data import covalent_radii
     from ase.data.colors import jmol_colors
 
-    marks = [mark for start, stop in drawing.edges for mark in _line(start, stop, "0.3", 0.9)]
+    marks = [*hulls, *(mark for start, stop in drawing.edges for mark in _line(start, stop, "0.3", 0.9))]
     for first, second in drawing.bonds:
         ends = drawing.positions[[first, second]]
         for atom, end in zip((first, second), ends):
@@ -181,13 +198,16 @@ def crystal_marks(drawing: Drawing) -> list[Mark]:
 
 
 @styled
-def draw_crystal(structure: Structure, ax: Axes | None = None, title: str | None = None, **direction: float) -> Figure:
+def draw_crystal(
+    structure: Structure, ax: Axes | None = None, title: str | None = None, polyhedra: bool = False, **direction: float
+) -> Figure:
     """Still picture of a crystal: the cell, its atoms and their images on the boundary in Jmol's colours, and bonds.
 
     Args:
         structure: an ordered pymatgen structure.
         ax: axes to draw into; a new figure if not given.
         title: text above the picture; the formula if not given, nothing if empty.
+        polyhedra: draw :func:`coordination_polyhedra` too.
         direction: ``azimuth`` and ``elevation`` of the view, degrees; ``boundary`` of :func:`lay_out`.
     """
     from ase.data.colors import jmol_colors
@@ -195,7 +215,9 @@ def draw_crystal(structure: Structure, ax: Axes | None = None, title: str | None
 
     if ax is None:
         ax = new_figure(size=(3.0, 3.0))[1][0, 0]
-    _, paths, faces, edges, widths = zip(*crystal_marks(lay_out(structure, **direction)))
+    drawing = lay_out(structure, **direction)
+    marks = crystal_marks(drawing, coordination_polyhedra(structure, drawing) if polyhedra else ())
+    _, paths, faces, edges, widths = zip(*marks)
     strokes = PathCollection(paths, facecolors=faces, edgecolors=edges, linewidths=widths, capstyle="round")
     ax.add_collection(strokes)
     marker: dict[str, Any] = {"marker": "o", "ls": "none", "ms": 7, "mec": "0.25", "mew": 0.5}

@@ -36,6 +36,10 @@ MIN_VOLUME = 0.1  # Å³, CDVAE
 LOOSE: dict[str, Any] = {"ltol": 0.3, "stol": 0.5, "angle_tol": 10.0}  # tolerances of the field: relative, and degrees
 STRICT: dict[str, Any] = {"ltol": 0.2, "stol": 0.3, "angle_tol": 5.0}  # pymatgen's defaults
 GOOD = 0.1  # a loose match of smaller rms displacement is called good
+SCORES = {"match_rate": "match rate, loose", "match_rate_strict": "match rate, strict"}  # names and labels
+SCORES |= {"match_rate_good": "match rate, good", "match_rate_random": "loose, in random order"}
+SCORES |= {"match_rate_valid": "loose, valid samples only", "rmse": "RMSE", "rmse_valid": "RMSE, valid samples only"}
+SCORES |= {"metre": "METRe", "metre_good": "METRe, good", "crmse": "cRMSE", "metre_crmse": "cRMSE of METRe"}
 CRITERIA = {"loose": "", "strict": "_strict", "good": "_good"}  # and how the scores are named
 COUNTS = ["n_predictions", "n_missing", "n_timed_out", "n_invalid", "n_wrong_composition"]
 LISTS = ["rms", "strict", "valid", "energy"]  # columns with an entry per prediction
@@ -289,22 +293,15 @@ def _row(reference: Structure, candidates: Sequence[Structure | None], pool: lis
     valid = [c is not None and s.valid and is_charge_neutral(c.formula) for c, s in zip(candidates, own, strict=True)]
     present = [candidate for candidate in candidates if candidate is not None]
     best = int(np.nanargmin(rms)) if np.isfinite(rms).any() else -1
-    return {
-        "formula": formula,
-        "n_atoms": len(reference),
-        "n_predictions": len(candidates),
-        "n_missing": len(candidates) - len(present),
-        "n_timed_out": sum(result is None for results in pool for result in results),
-        "n_invalid": len(valid) - sum(valid),
-        "n_wrong_composition": sum(candidate.composition.reduced_formula != formula for candidate in present),
-        "rms_best": rms[best] if best >= 0 else math.nan,
-        "best_index": best,
-        "rms": rms.tolist(),
-        "strict": [score.strict for score in own],
-        "valid": valid,
-        "energy": [math.nan if c is None else float(c.properties.get("energy", math.nan)) for c in candidates],
-        "pool_rms": [[math.nan if result is None else result.rms for result in results] for results in pool],
-    }
+    row: dict[str, Any] = {"formula": formula, "n_atoms": len(reference), "n_predictions": len(candidates)}
+    row |= {"n_missing": len(candidates) - len(present)}
+    row |= {"n_timed_out": sum(result is None for results in pool for result in results)}
+    row |= {"n_invalid": len(valid) - sum(valid)}
+    row |= {"n_wrong_composition": sum(candidate.composition.reduced_formula != formula for candidate in present)}
+    row |= {"rms_best": rms[best] if best >= 0 else math.nan, "best_index": best, "rms": rms.tolist()}
+    row |= {"strict": [score.strict for score in own], "valid": valid}
+    row |= {"energy": [math.nan if c is None else float(c.properties.get("energy", math.nan)) for c in candidates]}
+    return row | {"pool_rms": [[math.nan if result is None else result.rms for result in results] for results in pool]}
 
 
 def summarise(table: pd.DataFrame) -> dict[str, Any]:
@@ -342,6 +339,17 @@ def summarise(table: pd.DataFrame) -> dict[str, Any]:
         summary[name] = float(np.nanmean(column)) if np.isfinite(column).any() else math.nan
         summary[f"{name}_interval"] = interval
     return summary
+
+
+def score_table(scores: dict[str, Any]) -> pd.DataFrame:
+    """Scores of :func:`summarise` as texts with their intervals: a row each, a column for k = 1 and for all samples."""
+
+    def text(name: str) -> str:
+        (low, high), value = scores[f"{name}_interval"], scores[name]
+        return "–" if value is None or math.isnan(value) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+    k_values = sorted({1, scores["n_samples"]})
+    return pd.DataFrame({f"k = {k}": {SCORES[name]: text(f"{name}@{k}") for name in SCORES} for k in k_values})
 
 
 def _columns(table: pd.DataFrame, k: int) -> dict[str, np.ndarray]:
