@@ -4,7 +4,7 @@
 #   make test      all tests, and every notebook executed again and compared (pytest --nbval)
 #   make test-gpu  what runs on a GPU against the numbers of the CPU, and the table of speeds
 #   make soak      a million steps of each sampler, an hour of fuzzing; SOAK_STEPS=10000 SOAK_SECONDS=60 for less
-#   make train-perov5, make evaluate-perov5 (also mp20, mpts52): the long jobs
+#   make train-perov5, make evaluate-perov5 (also mp20, mpts52; train-mp): the long jobs
 #
 # A machine without a GPU may save a large download with
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -31,7 +31,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONTSP_OUTPUT_DIR
 
 PAPERMILL = $(BIN)/papermill --cwd notebooks --log-level WARNING
 
-.PHONY: help venv demo test test-gpu soak lint bench notebooks clean $(DATASETS:%=train-%) $(DATASETS:%=evaluate-%)
+.PHONY: help venv demo test test-gpu soak lint bench notebooks clean $(DATASETS:%=train-%) $(DATASETS:%=evaluate-%) train-mp
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -82,7 +82,7 @@ notebooks: $(INSTALLED)
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
 	    --ExecutePreprocessor.store_widget_state=False $(NOTEBOOKS)
 
-$(DATASETS:%=train-%): train-%: $(INSTALLED)
+$(DATASETS:%=train-%) train-mp: train-%: $(INSTALLED)
 	$(BIN)/python -m contsp_core.training --dataset $* --seed $(SEED) --resume
 
 $(DATASETS:%=evaluate-%): evaluate-%: $(INSTALLED)

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
     from contsp_core import Crystals
 
-DATASETS = ("prototypes", "perov5", "mp20", "mpts52", "carbon24")
+UNION = {"perov5": "perov5-", "mp20": "", "mpts52": "", "carbon24": "carbon24-"}  # parts of mp: put before their ids
+DATASETS = ("prototypes", *UNION, "mp")
 SPLITS = ("train", "val", "test")
 ON_ERROR = ("raise", "skip")
 PACKAGE = Path(__file__).resolve().parent
@@ -55,9 +56,8 @@ logger = logging.getLogger(__name__)
 def load_split(name: str, split: str, on_error: str = "raise") -> Split:
     """One part of a data set; its ``.note`` tells when the file is not the official one.
 
-    Looked for in this order: ``$CONTSP_DATA_DIR/<name>/<split>.csv``, ``.csv.gz`` or ``.npz``; for ``prototypes`` the
-    bundled file; the cache (``$CONTSP_CACHE_DIR``, default ``~/.cache/contsp``); the pinned public revision, downloaded
-    and checked against its git blob id. Parsed crystals are cached under the blob id of the file they came from.
+    The user's file ``$CONTSP_DATA_DIR/<name>/<split>.csv``, ``.csv.gz`` or ``.npz``, a bundled one, or the public one,
+    downloaded once and checked; ``mp`` is made of four others. Parsed crystals are cached (all this: data/README.md).
 
     ``name`` is one of ``DATASETS`` and ``split`` one of ``SPLITS``; with ``on_error="skip"`` bad rows are left out and
     listed in ``.skipped``. A ValueError tells of an argument that is unknown, of a bad file or row, and of a download
@@ -67,6 +67,8 @@ def load_split(name: str, split: str, on_error: str = "raise") -> Split:
         if value not in allowed:
             raise ValueError(f"{label}={value!r} is unknown, expected one of {', '.join(allowed)}")
     path = _find_file(name, split)
+    if path is None:
+        return _union(split, on_error)
     found = Split.load(path, name, split) if path.suffix == ".npz" else _from_csv(path, name, split)
     if found.skipped:
         (row, reason), n_bad = found.skipped[0], len(found.skipped)
@@ -77,8 +79,8 @@ def load_split(name: str, split: str, on_error: str = "raise") -> Split:
     return found
 
 
-def _find_file(name: str, split: str) -> Path:
-    """The first file there is: the user's, a bundled one, the published one, which is downloaded once."""
+def _find_file(name: str, split: str) -> Path | None:
+    """The first file there is: the user's, a bundled one, the published one, downloaded once; ``mp`` has no such."""
     root, official = os.environ.get("CONTSP_DATA_DIR"), _official_blob(name, split)
     if root and not Path(root).is_dir():
         raise ValueError(f"CONTSP_DATA_DIR={root!r} is not a folder, expected one with <name>/<split>.csv[.gz] in it")
@@ -87,6 +89,8 @@ def _find_file(name: str, split: str) -> Path:
     paths = [folder / f"{split}{ending}" for folder in folders for ending in (".csv", ".csv.gz", ".npz")]
     if found := next(filter(Path.is_file, [*paths, published]), None):
         return found
+    if name == "mp":
+        return None
     url = MANIFEST["base_url"] + MANIFEST["datasets"][name]["splits"][split]["path"]
     problem = f"cannot download {url}, put the file at $CONTSP_DATA_DIR/{name}/{split}.csv instead"
     with retold(problem, OSError, HTTPException, kind=ConnectionError), urlopen(url, timeout=60) as answer:
@@ -128,6 +132,22 @@ def _from_csv(path: Path, name: str, split: str) -> Split:
     with suppress(OSError):  # a read-only home must not stop the work
         parsed.save(cache)
     return parsed
+
+
+def _union(split: str, on_error: str) -> Split:
+    """``mp``: the crystals of this split of all parts whose formula is in no later split; of equal ids, the first."""
+    parts = [load_split(name, part, on_error) for part in SPLITS[SPLITS.index(split) :] for name in UNION]
+    own, crystals = parts[: len(UNION)], contsp_core.Crystals.cat([part.crystals for part in parts])
+    ids = [UNION[part.name] + material_id for part in own for material_id in part.material_ids]
+    counts = crystals.element_counts.numpy()
+    formulas = [row.tobytes() for row in counts // np.gcd.reduce(counts, axis=1, keepdims=True)]
+    held_out = {*formulas[len(ids) :]}
+    first = {ids[row]: row for row in reversed(range(len(ids))) if formulas[row] not in held_out}
+    rows = sorted(first.values())
+    blob_id = git_blob_id("\n".join(part.source.blob_id for part in parts).encode())
+    source = Source(" + ".join(UNION), blob_id, blob_id == _official_blob("mp", split))
+    skipped = tuple(bad for part in own for bad in part.skipped)
+    return Split("mp", split, [ids[row] for row in rows], crystals[rows], source, skipped=skipped)
 
 
 def _parse_csv(content: bytes, source: Source, name: str, split: str) -> Split:
@@ -186,18 +206,15 @@ def _parse(cif: str) -> Crystals | str:
     import torch
     from pymatgen.io.cif import CifParser
 
-    try:
-        with warnings.catch_warnings(action="ignore"):  # pymatgen warns of each coordinate it rounds to a fraction
+    try:  # pymatgen raises many kinds, and warns of each coordinate it rounds to a fraction
+        with retold("malformed CIF", Exception), warnings.catch_warnings(action="ignore"):
             parser = CifParser(io.StringIO(cif))
             structure = parser.parse_structures(primitive=False, on_error="raise")[0]
             if failure := parser.check(structure):
                 raise ValueError(failure)
-    except Exception as error:  # pymatgen raises many kinds
-        return f"malformed CIF ({one_line(error)})"
-    try:
         return contsp_core.Crystals.from_structures([structure], torch.float64)
     except ValueError as error:
-        return f"no crystal: {error}"
+        return str(error)
 
 
 class Source(NamedTuple):

@@ -74,7 +74,7 @@ def similar_cells(model: ContinuousCGCNN, species: Sequence[int], leave_out: boo
 
     These are the crystals of its stoichiometry and number of atoms, in order of the mean over atoms of the distance of
     the elements exchanged (:func:`element_distances`), assigned as is best. If there is none, all crystals whose number
-    of atoms is nearest. With ``leave_out``, none of the composition itself: for chains that are to find training crystals.
+    of atoms is nearest. With ``leave_out``, none has the composition itself: for chains that search training crystals.
     """
     bank, own = model.start_counts.cpu(), torch.bincount(torch.tensor(species), minlength=MAX_ATOMIC_NUMBER + 1)
     allowed = (bank != own).any(dim=1) if leave_out else torch.ones(len(bank), dtype=torch.bool)

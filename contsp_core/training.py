@@ -89,7 +89,7 @@ PAPER = TrainConfig(
     objective="contrastive_divergence", n_updates=445, learning_rate=1e-3, warmup=0, final_learning_rate=1.0,
     weight_decay=0.0, clip_norm=None, ema_decay=0.0,
 )  # fmt: skip
-EPOCHS = {"perov5": (5, 11356), "mp20": (5, 27136), "mpts52": (3, 27380), "carbon24": (2, 6091)}  # published; crystals
+EPOCHS = {"perov5": (5, 11356), "mp20": (5, 27136), "mpts52": (3, 27380), "carbon24": (2, 6091), "mp": (5, 28342)}
 
 
 def preset(dataset: str, objective: Objective = TrainConfig.objective) -> tuple[EnergyConfig, TrainConfig]:
@@ -97,7 +97,7 @@ def preset(dataset: str, objective: Objective = TrainConfig.objective) -> tuple[
     if dataset not in DATASETS:
         raise ValueError(f"dataset is {dataset!r}, expected one of {', '.join(DATASETS)}")
     if objective == "contrastive_divergence":
-        epochs, n_train = EPOCHS.get(dataset, EPOCHS["perov5"])
+        epochs, n_train = EPOCHS.get(dataset, EPOCHS["perov5"])  # as published; mp as MP-20
         return PRESETS.get(dataset, EnergyConfig()), replace(PAPER, n_updates=epochs * -(-n_train // PAPER.batch_size))
     # a start bends the cell by the largest strain, and cells of Perov-5 are all alike
     strain_cap, noise_default = (0.03, 0.3) if dataset == "perov5" else (0.06, 0.4)
@@ -377,12 +377,11 @@ def _begin(job: Job) -> tuple[TrainState, Crystals]:
     split = load_split(job.dataset, "train")
     crystals = split.crystals.to(torch.float32)[choose(range(len(split)), job.n_structures, job.config.seed)]
     sampling = job.config.chain if job.energy.noise_max is None else None
-    initial = load_model(job.initial) if job.initial else None
-    energy, sampling = (job.energy, sampling) if initial is None else (initial.config, initial.sampling)
-    model = initial_model(crystals, energy, job.config.seed, sampling)
-    if initial is not None:  # its weights; but volumes and cells are those of the crystals trained on now
-        of_data = ("atomic_volume", "start_cells", "start_counts")
-        model.load_state_dict({k: v for k, v in initial.state_dict().items() if k not in of_data}, strict=False)
+    given = load_model(job.initial) if job.initial else None
+    model = initial_model(crystals, given.config if given else job.energy, job.config.seed, sampling)
+    if given:  # its weights; but volumes and cells are those of the crystals trained on now
+        of_data, model.sampling = ("atomic_volume", "start_cells", "start_counts"), given.sampling
+        model.load_state_dict({k: v for k, v in given.state_dict().items() if k not in of_data}, strict=False)
     if job.config.objective == "score_matching" and model.config.noise_max is None:
         raise ValueError("noise_max of the energy is None, but score_matching needs an energy with noise levels")
     data = {"path": Path(split.source.path).name, "blob_id": split.source.blob_id}

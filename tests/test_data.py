@@ -22,6 +22,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import spglib
 import torch
@@ -326,6 +327,130 @@ def test_manifest_lists_every_data_set_and_split() -> None:
     assert all(len(entry["splits"][split]["git_blob"]) == 40 for entry in entries.values() for split in SPLITS)
 
 
+# --- the union -------------------------------------------------------------------------------------------------------
+
+PARTS = ("perov5", "mp20", "mpts52", "carbon24")
+# (material_id, species) of each crystal; ids of mp20 and mpts52 have one origin.
+HAND_MADE = {
+    ("perov5", "train"): [("1", "K Cl"), ("2", "Ti O O"), ("3", "Na Cl")],  # 2: mp20/test has its supercell
+    ("perov5", "val"): [("1", "Cs Cl"), ("4", "Mg O")],  # 1 has the id of another; Mg O is in mpts52/test
+    ("perov5", "test"): [("5", "Li F")],
+    ("mp20", "train"): [("mp-1", "Ba O"), ("mp-2", "Na Cl Na Cl"), ("mp-3", "Mg O"), ("mp-4", "Ca O")],
+    ("mp20", "val"): [("mp-5", "Rb Cl")],
+    ("mp20", "test"): [("mp-6", "Ti Ti O O O O")],
+    ("mpts52", "train"): [("mp-2", "Na Cl"), ("1", "Ba O O"), ("mp-7", "Cl Cs"), ("mp-4", "Ca O")],  # 1: not perov5's
+    ("mpts52", "val"): [("mp-8", "Rb Br"), ("mp-5", "Rb Cl")],
+    ("mpts52", "test"): [("mp-9", "O Mg"), ("mp-6", "Ti O O")],
+    ("carbon24", "train"): [("mp-1", "C"), ("C-1", "Si C"), ("C-2", "Ca O")],
+    ("carbon24", "val"): [("C-3", "Ge")],
+    ("carbon24", "test"): [("C-4", "C C")],
+}
+
+
+def row_of(species: str) -> str:
+    numbers = species.split()
+    sites = [[0.15 * index + 0.05, 0.1 * index, 0.3] for index in range(len(numbers))]
+    return Structure(Lattice.cubic(4 + len(numbers)), numbers, sites).to(fmt="cif")
+
+
+def union_of_files(root: Path, split: str) -> dict[str, str]:
+    """What mp holds, {material_id: reduced formula}, from the files alone."""
+    tables = {key: pd.read_csv(root / key[0] / f"{key[1]}.csv", dtype=str) for key in HAND_MADE}
+    for (name, _), frame in tables.items():
+        frame["formula"] = [Structure.from_str(cif, fmt="cif").composition.reduced_formula for cif in frame["cif"]]
+        if name in ("perov5", "carbon24"):
+            frame["material_id"] = name + "-" + frame["material_id"]
+    held_out = {"train": ("val", "test"), "val": ("test",), "test": ()}[split]
+    forbidden = {formula for (_, part), frame in tables.items() if part in held_out for formula in frame["formula"]}
+    whole = pd.concat([tables[name, split] for name in PARTS])
+    whole = whole[~whole["formula"].isin(forbidden)].drop_duplicates("material_id")
+    return dict(zip(whole["material_id"], whole["formula"]))
+
+
+@pytest.fixture
+def parts(folders: Path) -> Path:
+    """Small files of the parts of mp."""
+    for (name, split), crystals in HAND_MADE.items():
+        path = folders / "data" / name / f"{split}.csv"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(table([(material_id, row_of(species)) for material_id, species in crystals]))
+    return folders / "data"
+
+
+def held(split: Split) -> dict[str, str]:
+    return {row.properties["material_id"]: row.composition.reduced_formula for row in split}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_union_is_that_of_the_files(parts: Path, split: str) -> None:
+    expected = union_of_files(parts, split)
+    for _ in range(2):  # made, and from the cache
+        found = load_split("mp", split)
+        assert list(held(found).items()) == list(expected.items())
+        assert len(found) == len(expected)
+
+
+def test_no_formula_of_the_union_is_in_two_splits(parts: Path) -> None:
+    expected = ["perov5-1", "perov5-3", "mp-1", "mp-2", "mp-4", "1", "carbon24-C-1", "carbon24-C-2"]
+    assert load_split("mp", "train").material_ids == expected
+    formulas = [set(held(load_split("mp", split)).values()) for split in SPLITS]
+    assert not formulas[0] & formulas[1] and not (formulas[0] | formulas[1]) & formulas[2]
+
+
+def test_a_crystal_in_two_parts_is_that_of_the_first(parts: Path) -> None:
+    split = load_split("mp", "train")
+    assert split.material_ids.count("mp-2") == 1
+    assert len(split[split.material_ids.index("mp-2")]) == 4  # as in mp20: two formula units
+
+
+@pytest.mark.parametrize(("part", "gone"), [(("carbon24", "val"), "perov5-1"), (("mp20", "test"), "perov5-1")])
+def test_a_changed_part_changes_the_union(parts: Path, part: tuple[str, str], gone: str) -> None:
+    before = load_split("mp", "train")
+    path = parts / part[0] / f"{part[1]}.csv"
+    path.write_bytes(table([*((name, row_of(text)) for name, text in HAND_MADE[part]), ("new", row_of("K K Cl Cl"))]))
+    after = load_split("mp", "train")
+    assert set(before.material_ids) - set(after.material_ids) == {gone}
+    assert before.source.blob_id != after.source.blob_id
+
+
+def test_the_union_comes_from_the_cache(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_split("mp", "train")
+    monkeypatch.setattr(data, "reduce_species", lambda _: pytest.fail("made again"))
+    second = load_split("mp", "train")
+    assert first.source == second.source and torch.equal(first.crystals.positions, second.crystals.positions)
+
+
+def test_the_users_own_union_wins(parts: Path) -> None:
+    (parts / "mp").mkdir()
+    (parts / "mp" / "train.csv").write_bytes(table([("mine", GOOD)]))
+    assert load_split("mp", "train").material_ids == ["mine"]
+    assert len(load_split("mp", "val")) == 4
+
+
+def test_a_bad_row_of_a_part_stops_the_union_or_is_listed(parts: Path) -> None:
+    (parts / "mp20" / "train.csv").write_bytes(table([("mp-1", row_of("Ba O")), ("broken", "")]))
+    for _ in range(2):
+        assert [row for row, _ in load_split("mp", "train", on_error="skip").skipped] == ["broken"]
+        assert str(parts / "mp20" / "train.csv") in error_of("mp", "train")
+    assert not load_split("mp", "val").skipped
+
+
+def test_the_union_is_official_when_all_its_parts_are(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    official, mp = data._official_blob, {split: data._official_blob("mp", split) for split in SPLITS}
+    for split in SPLITS:
+        blob_ids = [official(name, part) for part in SPLITS[SPLITS.index(split) :] for name in PARTS]
+        assert mp[split] == git_blob_id("\n".join(blob_ids).encode())  # the manifest follows from its other entries
+    actual = {(name, split): load_split(name, split).source.blob_id for name, split in HAND_MADE}
+    assert not load_split("mp", "val").source.official
+    parts_of_val = [actual[name, split] for split in ("val", "test") for name in PARTS]
+    actual["mp", "val"] = git_blob_id("\n".join(parts_of_val).encode())
+    monkeypatch.setattr(data, "_official_blob", lambda *key: actual.get(key, ""))
+    split = load_split("mp", "val")
+    assert split.source.official and split.note == ""
+    (parts / "mp20" / "test.csv").write_bytes(table([("mp-6", row_of("Ti O"))]))
+    assert not load_split("mp", "val").source.official
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -437,7 +562,7 @@ def test_a_damaged_gzip_is_named(folders: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("mp2020", "test"), "name='mp2020' is unknown, expected one of prototypes, perov5, mp20, mpts52, carbon24"),
+        (("mp2020", "test"), f"name='mp2020' is unknown, expected one of {', '.join(DATASETS)}"),
         (("mp20", "dev"), "split='dev' is unknown, expected one of train, val, test"),
         (("mp20", "test", "ignore"), "on_error='ignore' is unknown, expected one of raise, skip"),
     ],
@@ -566,6 +691,7 @@ COUNTS = {
     "mp20": (11695, 714, 715),
     "mpts52": (11266, 500, 501),
     "carbon24": (2032, 1015, 1015),
+    "mp": (28342, 4248, 6013),
 }
 
 
@@ -581,10 +707,11 @@ def test_perov5_is_official_complete_and_read_from_the_cache_in_three_seconds() 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mp20", "mpts52", "carbon24"])
+@pytest.mark.parametrize("name", ["mp20", "mpts52", "carbon24", "mp"])
 def test_real_data_sets_have_their_known_sizes(name: str, data_dir: Path) -> None:
-    if not (data_dir / name).is_dir():
-        pytest.skip(f"{name} is not in CONTSP_DATA_DIR")
+    for part in PARTS if name == "mp" else (name,):
+        if not (data_dir / part).is_dir():
+            pytest.skip(f"{part} is not in CONTSP_DATA_DIR")
     assert tuple(len(load_split(name, split)) for split in SPLITS) == COUNTS[name]
 
 

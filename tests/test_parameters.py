@@ -32,7 +32,7 @@ def test_right_parameters_are_returned_for_the_record():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("dataset", "perov", "one of prototypes, perov5, mp20, mpts52, carbon24"),
+        ("dataset", "perov", "one of prototypes, perov5, mp20, mpts52, carbon24, mp"),
         ("dataset", 5, "one of prototypes"),
         ("seed", -1, "an integer ≥ 0"),
         ("seed", True, "an integer ≥ 0"),

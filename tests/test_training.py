@@ -321,6 +321,13 @@ def test_the_published_preset_is_the_papers():
     assert config == replace(PAPER, n_updates=5 * math.ceil(11356 / 128))
 
 
+def test_the_union_is_trained_as_mp20_with_its_own_number_of_crystals():
+    assert preset("mp") == preset("mp20")
+    energy, config = preset("mp", "contrastive_divergence")
+    assert (energy, config.n_updates) == (PRESETS["mp20"], 5 * math.ceil(28342 / 128))
+    assert config == replace(preset("mp20", "contrastive_divergence")[1], n_updates=config.n_updates)
+
+
 def test_presets_defaults_and_command_line_agree(monkeypatch, tmp_path):
     assert preset("perov5") == (replace(NOISE_LEVELS, strain_cap=0.03, noise_default=0.3), TrainConfig())
     jobs = []
@@ -335,7 +342,7 @@ def test_presets_defaults_and_command_line_agree(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("oqmd",), "dataset is 'oqmd', expected one of prototypes, perov5, mp20, mpts52, carbon24"),
+        (("oqmd",), "dataset is 'oqmd', expected one of prototypes, perov5, mp20, mpts52, carbon24, mp"),
         (("oqmd", "contrastive_divergence"), "dataset is 'oqmd', expected one of prototypes"),
         (("perov5", "likelihood"), "objective is 'likelihood', expected one of score_matching, contrastive_divergence"),
     ],
