@@ -18,7 +18,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from contsp_core.crystals import Crystals, Rng, check_settings
+from contsp_core.crystals import Crystals, Rng, check_settings, random_rows
 from contsp_core.energy import ContinuousCGCNN, EnergyConfig, energy_and_gradient, strain_gradient
 from contsp_core.lattice import apply_strain, niggli
 
@@ -153,6 +153,29 @@ def score_matching_step(
     (n_atoms / scale * (energy[1] - energy[0])).mean().backward()
     parts = {name: float(getattr(residual, name).mean()) for name in ("loss_positions", "loss_strain")}
     return {"loss": sum(parts.values()) / 2} | parts
+
+
+def contrast_step(
+    model: ContinuousCGCNN, crystals: Crystals, found: Crystals, sigma: Tensor, rng: Rng, weight: float = 1.0
+) -> dict[str, float]:
+    """Accumulate in ``.grad`` the gradient of weight · mean log(1 + exp(N E(U) − N E(Ũ))), Ũ what chains found for U.
+
+    Score matching does not see the relative depth of wells further apart than σ, so that wrong structures that chains
+    find may lie below the right one. Here each pair pulls in the direction of contrastive divergence, by the
+    probability that its energies take Ũ for the data (Gutmann & Hyvärinen, AISTATS 2010). U and Ũ have noise of level
+    ``sigma`` (n_systems,), Å, half of them next to none: as chains see them, and as they are judged.
+
+    Returns:
+        ``contrast``, that mean without weight (ln 2 for equal energies), and ``told_apart``, the share of right pairs.
+    """
+    clean = random_rows(torch.rand, [1] * len(sigma), rng, sigma.dtype, width=1)[:, 0].to(sigma.device) < 0.5
+    noise = torch.where(clean, cast(float, model.config.noise_min) / 10, sigma)
+    pair = [add_noise(each, noise, strain_width(model.config, noise), rng).crystals for each in (crystals, found)]
+    energy = model(Crystals.cat(pair), sigma.repeat(2)).unflatten(0, (2, -1))
+    difference = crystals.n_atoms * (energy[0] - energy[1])
+    loss = torch.nn.functional.softplus(difference).mean()
+    (weight * loss).backward()
+    return {"contrast": float(loss.detach()), "told_apart": float((difference < 0).float().mean())}
 
 
 def _moved(crystals: Crystals, positions: Tensor, strain: Tensor, scale: Tensor) -> Crystals:

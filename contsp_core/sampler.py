@@ -44,7 +44,11 @@ def uniform_atoms(cell: Tensor, species: Sequence[Sequence[int]], rng: Rng) -> C
 
 
 def start_crystals(
-    model: ContinuousCGCNN, species: Sequence[Sequence[int]], rng: Rng, numbers: Sequence[int] | None = None
+    model: ContinuousCGCNN,
+    species: Sequence[Sequence[int]],
+    rng: Rng,
+    numbers: Sequence[int] | None = None,
+    leave_out: bool = False,
 ) -> Crystals:
     """Where chains start, in float64 on the CPU: as in the paper, or for an energy with noise levels at the largest.
 
@@ -56,7 +60,7 @@ def start_crystals(
     if model.noise_features is None:
         return random_crystals(species, rng, model.config.reference_density)
     entries = [tuple(sorted(entry)) for entry in species]
-    similar = {entry: similar_cells(model, entry) for entry in set(entries)}
+    similar = {entry: similar_cells(model, entry, leave_out) for entry in set(entries)}
     pairs = ((similar[entry], number) for entry, number in zip(entries, numbers or itertools.repeat(0)))
     chosen = torch.stack([rows[number % len(rows)] for rows, number in pairs])
     atomic, given = model.atomic_volume.cpu().double(), model.start_cells.cpu().double()[chosen]

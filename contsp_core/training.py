@@ -40,8 +40,8 @@ from contsp_core.crystals import (
     reduce_species,
     similar_elements,
 )
-from contsp_core.data import DATASETS, choose, load_split, retold
-from contsp_core.diffusion import random_noise_levels, score_matching_step
+from contsp_core.data import DATASETS, Split, choose, load_split, retold
+from contsp_core.diffusion import contrast_step, random_noise_levels, score_matching_step
 from contsp_core.energy import NOISE_LEVELS, PRESETS, ContinuousCGCNN, EnergyConfig
 from contsp_core.lattice import niggli_reduce
 from contsp_core.mala import AnnealConfig, anneal
@@ -69,6 +69,7 @@ class TrainConfig:
     weight_decay: float = 1e-4
     clip_norm: float | None = 1.0
     ema_decay: float = 0.999  # of the weights that are kept; 0 keeps the last ones
+    contrast_weight: float = 0.5  # of telling data from what chains found, if that is given (score matching)
     energy_penalty: float = 0.1  # α of mean E² (contrastive divergence)
     expand_p: float = 0.5
     max_atoms: int | None = None  # of an expanded composition
@@ -79,8 +80,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         shares = dict.fromkeys(("final_learning_rate", "ema_decay", "buffer_share", "buffer_start"), (0, 1))
-        others = dict.fromkeys(("learning_rate", "warmup", "weight_decay", "energy_penalty"), (0, math.inf))
-        check_settings(self, **shares, **others, expand_p=(1e-3, 1), seed=(0, 2**62))
+        others = ("learning_rate", "warmup", "weight_decay", "contrast_weight", "energy_penalty")
+        check_settings(self, **shares, **dict.fromkeys(others, (0, math.inf)), expand_p=(1e-3, 1), seed=(0, 2**62))
         if self.n_updates is None and self.time_limit_s is None:
             raise ValueError("n_updates is None, expected a number where there is no time_limit_s")
 
@@ -220,11 +221,14 @@ class TrainState:
         vars(self).update(json.loads(metadata["progress"]), rows=[])
 
 
-def train_step(state: TrainState, crystals: Crystals, config: TrainConfig, progress: float) -> Row:
+def train_step(
+    state: TrainState, crystals: Crystals, config: TrainConfig, progress: float, found: Crystals | None = None
+) -> Row:
     """One update on one batch, shared by all processes; returns the row of the log.
 
     The state changes in place, unless loss or gradient is not finite. ``crystals`` are all training crystals, on the
-    CPU; ``progress`` is the share of the training that is done, 0 … 1, and sets the learning rate.
+    CPU; ``progress`` is the share of the training that is done, 0 … 1, and sets the learning rate; ``found``, if given,
+    what chains found for each of the crystals (score matching).
     """
     model, key = state.model, (config.seed, state.update, state.n_retries)
     chosen = _batch(len(crystals), config, state.update)
@@ -237,7 +241,11 @@ def train_step(state: TrainState, crystals: Crystals, config: TrainConfig, progr
     state.optimiser.zero_grad()
     if config.objective == "score_matching":
         sigma = random_noise_levels(model, len(chosen), keyed_rng("sigma", *key))
-        row = score_matching_step(model, batch, sigma[places].to(batch.cell.device), rng)
+        sigma = sigma[places].to(batch.cell.device)
+        row = score_matching_step(model, batch, sigma, rng)
+        if found is not None:
+            wrong = found[chosen[places]].to(sigma.device)
+            row |= contrast_step(model, batch, wrong, sigma, rng, config.contrast_weight)
     else:
         row = contrastive_divergence_step(model, batch, config, rng, state.buffer, state.update)
     if n_ranks > 1:
@@ -303,6 +311,7 @@ class Job:
     config: TrainConfig
     n_structures: int | None = None  # use only so many training crystals, chosen by the seed
     initial: str | Path | None = None  # checkpoint to start from; ``energy`` is then not used
+    negatives: str | Path | None = None  # .npz of what chains found for these crystals (notebooks/negatives.py)
     device: str = "cpu"
     resume: bool = False  # go on from ….state, if there is one
     overwrite: bool = False  # begin anew in the place of an earlier run
@@ -344,7 +353,7 @@ def run(job: Job, on_row: Callable[[Row], None] | None = None) -> TrainState:
     that failed. What was saved before remains.
     """
     job.check()
-    (state, crystals), (rank, n_ranks) = _begin(job), _rank()
+    (state, crystals, found), (rank, n_ranks) = _begin(job), _rank()
     with _open_log(job) if rank == 0 else contextlib.nullcontext() as log, _signals(state):
         if job.resume and job.state.is_file():
             state.load(job.state)
@@ -358,7 +367,7 @@ def run(job: Job, on_row: Callable[[Row], None] | None = None) -> TrainState:
         saved = time.monotonic()
         while (progress := _progress(state, job.config, started)) < 1:
             row = {"update": state.update, "elapsed_s": round(state.elapsed_s, 3)}
-            row |= train_step(state, crystals, job.config, progress)
+            row |= train_step(state, crystals, job.config, progress, found)
             if state.update == row["update"]:
                 _return_to_saved_state(job, state, row)
                 continue
@@ -372,10 +381,16 @@ def run(job: Job, on_row: Callable[[Row], None] | None = None) -> TrainState:
     return state
 
 
-def _begin(job: Job) -> tuple[TrainState, Crystals]:
-    """A fresh state, and the training crystals."""
-    split = load_split(job.dataset, "train")
-    crystals = split.crystals.to(torch.float32)[choose(range(len(split)), job.n_structures, job.config.seed)]
+def _begin(job: Job) -> tuple[TrainState, Crystals, Crystals | None]:
+    """A fresh state, the training crystals, and what chains found for them."""
+    split, found = load_split(job.dataset, "train"), None
+    rows = choose(range(len(split)), job.n_structures, job.config.seed)
+    crystals = split.crystals.to(torch.float32)[rows]
+    if job.negatives is not None:
+        other = Split.load(job.negatives, job.dataset, "train")
+        if not torch.equal(other.crystals.element_counts, split.crystals.element_counts):
+            raise ValueError(f"negatives {str(job.negatives)!r} are not for the crystals of {split.source.path}")
+        found = other.crystals.to(torch.float32)[rows]
     sampling = job.config.chain if job.energy.noise_max is None else None
     given = load_model(job.initial) if job.initial else None
     model = initial_model(crystals, given.config if given else job.energy, job.config.seed, sampling)
@@ -387,7 +402,8 @@ def _begin(job: Job) -> tuple[TrainState, Crystals]:
     data = {"path": Path(split.source.path).name, "blob_id": split.source.blob_id}
     initial = None if job.initial is None else Path(job.initial).name
     origin = {"dataset": job.dataset, "data": data, "n_structures": len(crystals), "initial": initial}
-    return TrainState(model.to(job.device), job.config, origin), crystals
+    origin |= {} if job.negatives is None else {"negatives": Path(job.negatives).name}
+    return TrainState(model.to(job.device), job.config, origin), crystals, found
 
 
 def _progress(state: TrainState, config: TrainConfig, started: float) -> float:
@@ -516,9 +532,11 @@ def _parse_arguments(arguments: Sequence[str]) -> Job:
     parser.add_argument("--output", type=Path, help="checkpoint to write (default runs/<dataset>.safetensors)")
     parser.add_argument("--objective", default=TrainConfig.objective, choices=OBJECTIVES)
     parser.add_argument("--initial", help="checkpoint to start from instead of random weights")
+    parser.add_argument("--negatives", help="what chains found for the training crystals, to be told apart from them")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; the learning rate follows")
     parser.add_argument("--n-updates", type=int, help="updates, instead of the preset's")
     parser.add_argument("--batch-size", type=int, help="crystals of an update, instead of the preset's")
+    parser.add_argument("--learning-rate", type=float, help="its largest value, instead of the preset's")
     parser.add_argument("--n-structures", type=int, help="use only so many training crystals")
     parser.add_argument("--seed", type=int, default=TrainConfig.seed)
     parser.add_argument("--device", default=Job.device, help="cpu, cuda or cuda:<n>; with torchrun, cuda is one each")
@@ -531,10 +549,11 @@ def _parse_arguments(arguments: Sequence[str]) -> Job:
         raise ValueError(f"--minutes is {limit}, expected 0.001 … 10000000")
     n_updates = config.n_updates if n_updates is None and limit is None else n_updates
     config = replace(config, seed=options.seed, n_updates=n_updates, time_limit_s=None if limit is None else 60 * limit)
-    config = config if options.batch_size is None else replace(config, batch_size=options.batch_size)
+    given = {name: getattr(options, name) for name in ("batch_size", "learning_rate")}
+    config = replace(config, **{name: value for name, value in given.items() if value is not None})
     output = options.output or Path("runs") / f"{options.dataset}.safetensors"
-    chosen = {name: getattr(options, name) for name in ("n_structures", "initial", "device", "resume", "overwrite")}
-    return Job(options.dataset, output, energy, config, **chosen)
+    chosen = ("n_structures", "initial", "negatives", "device", "resume", "overwrite")
+    return Job(options.dataset, output, energy, config, **{name: getattr(options, name) for name in chosen})
 
 
 def _print_row(row: Row) -> None:

@@ -19,6 +19,7 @@ from contsp_core import Crystals
 from contsp_core.diffusion import (
     DiffusionConfig,
     add_noise,
+    contrast_step,
     random_noise_levels,
     reverse_diffusion,
     score,
@@ -387,6 +388,45 @@ def test_at_temperature_zero_only_the_steps_down_are_random():
     assert not torch.equal(different[0].positions, different[1].positions)
 
 
+def test_contrast_prefers_data_to_what_chains_found():
+    """Descending the loss, the energies of wrong crystals rise above those of the data."""
+    model, crystals = small_model(replace(NOISY, spectral_norm=False, form="residual")), small_crystals()
+    found = crystals.replace(positions=crystals.positions + crystals.random_atoms(generator(5)))
+    sigma = torch.full((len(crystals),), 0.2, dtype=crystals.cell.dtype)
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    rows = []
+    for step in range(300):
+        optimiser.zero_grad()
+        rows.append(contrast_step(model, crystals, found, sigma, generator(step)))
+        optimiser.step()
+    assert np.mean([row["contrast"] for row in rows[-20:]]) < 0.6 * math.log(2)
+    assert np.mean([row["told_apart"] for row in rows[-20:]]) > 0.8
+    with torch.no_grad():
+        assert (model(found, sigma) > model(crystals, sigma)).all()
+
+
+def test_contrast_is_the_logistic_loss_of_energies_of_whole_crystals():
+    """Where both are the same crystal it is ln 2 but for the noise; without noise, ln(1 + exp(N ΔE)) exactly."""
+    model, crystals = small_model(NOISY), small_crystals()
+    sigma = torch.full((len(crystals),), 0.3, dtype=crystals.cell.dtype)
+    same = [contrast_step(model, crystals, crystals, sigma, generator(s))["contrast"] for s in range(40)]
+    assert np.mean(same) >= math.log(2) - 0.02  # convex: never better than chance
+    quiet = replace(model.config, noise_min=1e-7)
+    found = crystals.replace(positions=crystals.positions + 0.3 * crystals.random_atoms(generator(1)))
+    model.config, clean = quiet, torch.full_like(sigma, 1e-8)
+    with torch.no_grad():
+        difference = crystals.n_atoms * (model(crystals, clean) - model(found, clean))
+    expected = torch.nn.functional.softplus(difference).mean()
+    model.zero_grad()
+    row = contrast_step(model, crystals, found, clean, generator(0), weight=2.0)
+    assert row["contrast"] == pytest.approx(float(expected), rel=1e-4)
+    gradient = model.fc_final.weight.grad.clone()
+    model.zero_grad()
+    difference = crystals.n_atoms * (model(crystals, clean) - model(found, clean))
+    (2 * torch.nn.functional.softplus(difference).mean()).backward()
+    torch.testing.assert_close(gradient, model.fc_final.weight.grad, rtol=1e-3, atol=1e-6)
+
+
 def model_with_cells(*crystals: tuple[list[int], list[float]]):
     """A model that knows these training crystals: atomic numbers, and edges of an orthorhombic cell."""
     model = small_model(replace(NOISY, n_start_cells=len(crystals), strain_noise=1e-9))
@@ -423,6 +463,9 @@ def test_cells_come_from_like_crystals_nearest_elements_first():
     assert sorted(order[:2]) == [1, 2] and order[2:] == [0]
     assert similar_cells(model, [40, 16, 16]).tolist() == similar_cells(model, [40, 8, 8]).tolist()
     assert similar_cells(model, [8, 8, 40]).tolist()[0] == 3
+    assert similar_cells(model, [8, 8, 22]).tolist() == [3, 4]
+    assert similar_cells(model, [22, 8, 8], leave_out=True).tolist() == [4]
+    assert similar_cells(model, [12, 8, 12, 8], leave_out=True).tolist() == [3, 4]  # none of four atoms is left
     assert similar_cells(model, [1] * 5).tolist() == [5]  # nothing of one element: the nearest number of atoms
     starts = start_crystals(model, [[9, 11]] * 4, generator(), [0, 1, 2, 3])
     edges = starts.cell.diagonal(dim1=1, dim2=2) / starts.volume[:, None] ** (1 / 3)

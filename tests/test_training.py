@@ -425,6 +425,10 @@ def test_a_run_may_start_from_a_checkpoint(tmp_path):
     run(second)
     before, after = load_model(first.output), load_model(second.output)
     assert all(map(torch.equal, before.parameters(), after.parameters()))
+    other = replace(second, output=tmp_path / "other.safetensors", n_structures=4)
+    run(other)  # of other crystals it learns the cells and volumes
+    assert len(before.start_cells) == 6 and len(load_model(other.output).start_cells) == 4
+    assert not torch.equal(load_model(other.output).atomic_volume, before.atomic_volume)
     assert read_settings(second.output)["initial"] == "first.safetensors"
     with pytest.raises(ValueError, match="score_matching needs an energy with noise levels"):
         run(replace(tiny_job(tmp_path / "third.safetensors"), energy=SMALL))
