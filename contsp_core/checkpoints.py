@@ -1,21 +1,19 @@
 """What is kept of a training? One safetensors file with the weights and, as JSON in its header, all that made them.
 
-The format is written and read here, so that a training node needs torch and numpy only: the length of the header (8
-bytes, little endian), the header (JSON, padded to 8 bytes), then the tensors, row-major. A SHA-256 of all content is in
-the header. Nothing in a file is ever executed.
+A SHA-256 of all content is in the header. Nothing in a file is ever executed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import load, save
 from torch import Tensor
 
 from contsp_core.data import find_checkpoint, retold, write_whole
@@ -25,7 +23,6 @@ from contsp_core.mala import AnnealConfig
 from contsp_core.sampler import sampling_config
 
 FORMAT = "contsp-3"
-DTYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "U8": "|u1"}  # of safetensors and numpy
 
 
 def save_checkpoint(path: str | Path, model: ContinuousCGCNN, settings: dict[str, Any]) -> Path:
@@ -45,18 +42,11 @@ def save_checkpoint(path: str | Path, model: ContinuousCGCNN, settings: dict[str
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file of tensors of the types in ``DTYPES``, with text metadata; whole on disk, or not at all."""
+    """A safetensors file with text metadata; whole on disk, or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = metadata | {"format": FORMAT}
-    header: dict[str, Any] = {"__metadata__": metadata | {"sha256": digest(tensors, metadata)}}
-    names, body = {np.dtype(dtype): name for name, dtype in DTYPES.items()}, bytearray()
-    for name, array in ((name, tensor.numpy()) for name, tensor in tensors.items()):
-        offsets = [len(body), len(body) + array.nbytes]
-        header[name] = {"dtype": names[array.dtype], "shape": array.shape, "data_offsets": offsets}
-        body += array.tobytes()
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    write_whole(path, lambda file: file.write(len(text).to_bytes(8, "little") + text + body))
+    content = save(tensors, metadata | {"sha256": digest(tensors, metadata)})
+    write_whole(path, lambda file: file.write(content))
 
 
 def digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
@@ -71,21 +61,13 @@ def digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file of :func:`write_tensors`; a ValueError tells of one that is damaged or foreign."""
     with retold(f"checkpoint {path} is truncated or not a checkpoint", Exception):  # whatever a file can be
-        content = memoryview(bytearray(path.read_bytes()))
-        length = int.from_bytes(content[:8], "little")
-        header, body = json.loads(bytes(content[8 : 8 + length])), content[8 + length :]
-        metadata, tensors, end = header.pop("__metadata__"), {}, 0
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, start = np.dtype(DTYPES[entry["dtype"]]), entry["shape"], end
-            end = start + math.prod(shape) * dtype.itemsize
-            if entry["data_offsets"] != [start, end]:
-                raise ValueError(f"{name} has offsets {entry['data_offsets']}, expected {[start, end]}")
-            array = np.frombuffer(body[start:end], dtype).reshape(shape)
-            tensors[name] = torch.from_numpy(array).clone()  # aligned: rounding depends on it
-        found, sha256 = metadata.get("format"), metadata.pop("sha256", None)
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+        tensors = {name: tensor.clone() for name, tensor in load(path.read_bytes()).items()}  # aligned, for rounding
+    found, sha256 = metadata.get("format"), metadata.pop("sha256", None)
     if found != FORMAT:
         raise ValueError(f"checkpoint {path} has format {str(found)[:40]!r}, expected {FORMAT!r}")
-    if end != len(body) or digest(tensors, metadata) != sha256:
+    if digest(tensors, metadata) != sha256:
         raise ValueError(f"checkpoint {path} is damaged: its content is not what was saved (SHA-256 differs)")
     return tensors, metadata
 

@@ -160,10 +160,9 @@ def contrast_step(
 ) -> dict[str, float]:
     """Accumulate in ``.grad`` the gradient of weight · mean log(1 + exp(N E(U) − N E(Ũ))), Ũ what chains found for U.
 
-    Score matching does not see the relative depth of wells further apart than σ, so that wrong structures that chains
-    find may lie below the right one. Here each pair pulls in the direction of contrastive divergence, by the
-    probability that its energies take Ũ for the data (Gutmann & Hyvärinen, AISTATS 2010). U and Ũ have noise of level
-    ``sigma`` (n_systems,), Å, half of them next to none: as chains see them, and as they are judged.
+    Score matching does not see the relative depth of wells further apart than σ: wrong structures may lie below the
+    right one. Here each pair pulls as contrastive divergence does, by the probability that it takes Ũ for the data
+    (Gutmann & Hyvärinen, AISTATS 2010). Both have noise of level ``sigma`` (n_systems,), Å, or next to none (half).
 
     Returns:
         ``contrast``, that mean without weight (ln 2 for equal energies), and ``told_apart``, the share of right pairs.

@@ -1,9 +1,8 @@
 """Nobody needs to read this: the sums of the energy once more, compiled (numba) to run fast on a CPU.
 
-A message depends on an edge only through its length, so the filter c(d) is tabulated once per evaluation and
-interpolated (cubic Hermite, C¹). A kernel then gathers, computes and accumulates edge by edge, in cache, and its
-backward recomputes instead of storing: no array of size n_edges × width ever exists. Differentiable once; where second
-derivatives are needed, use the plain torch path.
+The filter c(d) is tabulated once per evaluation and interpolated (cubic Hermite, C¹). A kernel then gathers, computes
+and accumulates edge by edge, in cache, and its backward recomputes instead of storing: no array of size n_edges × width
+ever exists. Differentiable once; where second derivatives are needed, use the plain torch path.
 """
 
 from __future__ import annotations
@@ -69,26 +68,6 @@ def _search(first, last, cell, frac, positions, reach, cutoff, first_atom, sourc
             first_edge[system + 1] = edge
 
 
-@njit(**FAST)
-def _vectors(first, last, system_idx, source, target, image, cell, positions, vector):
-    for e in range(first, last):
-        i, j, s = source[e], target[e], system_idx[source[e]]
-        for x in range(3):
-            translation = image[e, 0] * cell[s, 0, x] + image[e, 1] * cell[s, 1, x] + image[e, 2] * cell[s, 2, x]
-            vector[e, x] = positions[j, x] - positions[i, x] + translation
-
-
-@njit(**FAST)
-def _vectors_backward(first, last, system_idx, source, target, image, grad_cell, grad_positions, grad):
-    for e in range(first, last):
-        i, j, s = source[e], target[e], system_idx[source[e]]
-        for x in range(3):
-            grad_positions[j, x] += grad[e, x]
-            grad_positions[i, x] -= grad[e, x]
-            for y in range(3):
-                grad_cell[s, y, x] += image[e, y] * grad[e, x]
-
-
 @lru_cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="contsp")
@@ -133,31 +112,6 @@ def build_edges(crystals: Crystals, cutoff: Tensor) -> EdgeList:
     run_parts(_search, systems, lambda part: (*geometry, *found, first_edge, True))
     shares = np.searchsorted(first_edge, np.arange(1, n_parts) * n_edges / n_parts)
     return EdgeList(Graph(*map(torch.from_numpy, found)), first_edge[np.concatenate([[0], shares, [n_systems]])])
-
-
-class _EdgeVectors(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, cell, positions, system_idx, edges):
-        ctx.edges, ctx.crystals = edges, [cell.detach().numpy(), positions.detach().numpy()]
-        ctx.graph = [
-            tensor.numpy() for tensor in (system_idx, edges.graph.source, edges.graph.target, edges.graph.image)
-        ]
-        vector = np.empty(ctx.graph[-1].shape, ctx.crystals[0].dtype)
-        run_parts(_vectors, edges.first_edge, lambda part: (*ctx.graph, *ctx.crystals, vector))
-        return torch.from_numpy(vector)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        grads = [np.zeros_like(array) for array in ctx.crystals]
-        arrays = (*ctx.graph, *grads, grad.contiguous().numpy())
-        run_parts(_vectors_backward, ctx.edges.first_edge, lambda part: arrays)
-        return *map(torch.from_numpy, grads), None, None
-
-
-def edge_vectors(crystals: Crystals, edges: EdgeList) -> Tensor:
-    """(n_edges, 3) x_j + k L − x_i, Å, differentiable once in the cell and the positions."""
-    return _EdgeVectors.apply(crystals.cell, crystals.positions, crystals.system_idx, edges)
 
 
 def _sigmoid(x):

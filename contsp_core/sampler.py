@@ -44,24 +44,19 @@ def uniform_atoms(cell: Tensor, species: Sequence[Sequence[int]], rng: Rng) -> C
 
 
 def start_crystals(
-    model: ContinuousCGCNN,
-    species: Sequence[Sequence[int]],
-    rng: Rng,
-    numbers: Sequence[int] | None = None,
-    leave_out: bool = False,
+    model: ContinuousCGCNN, species: Sequence[Sequence[int]], rng: Rng, places: Sequence[int] = (), others: bool = False
 ) -> Crystals:
     """Where chains start, in float64 on the CPU: as in the paper, or for an energy with noise levels at the largest.
 
-    There, atoms are uniform in the cell of a training crystal, scaled and strained as at that level: sample
-    ``numbers[system]`` (by default 0) of a composition takes the cell at that place of :func:`similar_cells`, and
-    begins again where there are not so many. Its volume is the geometric mean of two guesses: the sum of the atomic
-    volumes, and that crystal's volume times the ratio of these sums.
+    There, atoms are uniform in the cell of a training crystal, scaled and strained as at that level: that at place
+    ``places[system]`` (by default 0) of :func:`similar_cells`, which begins again where there are not so many. Its
+    volume is the mean (geometric) of two guesses: Σ atomic volumes, and the crystal's volume times the ratio of these.
     """
     if model.noise_features is None:
         return random_crystals(species, rng, model.config.reference_density)
     entries = [tuple(sorted(entry)) for entry in species]
-    similar = {entry: similar_cells(model, entry, leave_out) for entry in set(entries)}
-    pairs = ((similar[entry], number) for entry, number in zip(entries, numbers or itertools.repeat(0)))
+    similar = {entry: similar_cells(model, entry, others) for entry in set(entries)}
+    pairs = ((similar[entry], number) for entry, number in zip(entries, places or itertools.repeat(0)))
     chosen = torch.stack([rows[number % len(rows)] for rows, number in pairs])
     atomic, given = model.atomic_volume.cpu().double(), model.start_cells.cpu().double()[chosen]
     expected = torch.stack([atomic[list(entry)].sum() for entry in entries])
@@ -73,15 +68,15 @@ def start_crystals(
     return apply_strain(crystals, width * crystals.random_cells(rng))
 
 
-def similar_cells(model: ContinuousCGCNN, species: Sequence[int], leave_out: bool = False) -> Tensor:
+def similar_cells(model: ContinuousCGCNN, species: Sequence[int], others: bool = False) -> Tensor:
     """(m,) training crystals whose cell a composition may have, the most likely first.
 
     These are the crystals of its stoichiometry and number of atoms, in order of the mean over atoms of the distance of
     the elements exchanged (:func:`element_distances`), assigned as is best. If there is none, all crystals whose number
-    of atoms is nearest. With ``leave_out``, none has the composition itself: for chains that search training crystals.
+    of atoms is nearest. With ``others``, none has the composition itself: for chains that search training crystals.
     """
     bank, own = model.start_counts.cpu(), torch.bincount(torch.tensor(species), minlength=MAX_ATOMIC_NUMBER + 1)
-    allowed = (bank != own).any(dim=1) if leave_out else torch.ones(len(bank), dtype=torch.bool)
+    allowed = (bank != own).any(dim=1) if others else torch.ones(len(bank), dtype=torch.bool)
     rows = torch.nonzero((bank.sort(dim=1).values == own.sort().values).all(dim=1) & allowed)[:, 0]
     if len(rows) == 0:
         difference = (bank.sum(dim=1) - len(species)).abs() + len(species) * ~allowed

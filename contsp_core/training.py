@@ -226,9 +226,8 @@ def train_step(
 ) -> Row:
     """One update on one batch, shared by all processes; returns the row of the log.
 
-    The state changes in place, unless loss or gradient is not finite. ``crystals`` are all training crystals, on the
-    CPU; ``progress`` is the share of the training that is done, 0 … 1, and sets the learning rate; ``found``, if given,
-    what chains found for each of the crystals (score matching).
+    The state changes in place, unless loss or gradient is not finite. ``crystals`` are all training crystals, and
+    ``found`` what chains found for each, on the CPU; ``progress``, 0 … 1, sets the learning rate.
     """
     model, key = state.model, (config.seed, state.update, state.n_retries)
     chosen = _batch(len(crystals), config, state.update)
@@ -388,6 +387,8 @@ def _begin(job: Job) -> tuple[TrainState, Crystals, Crystals | None]:
     crystals = split.crystals.to(torch.float32)[rows]
     if job.negatives is not None:
         other = Split.load(job.negatives, job.dataset, "train")
+        if job.config.objective != "score_matching":
+            raise ValueError(f"negatives are for score_matching, not for {job.config.objective}")
         if not torch.equal(other.crystals.element_counts, split.crystals.element_counts):
             raise ValueError(f"negatives {str(job.negatives)!r} are not for the crystals of {split.source.path}")
         found = other.crystals.to(torch.float32)[rows]
@@ -400,9 +401,8 @@ def _begin(job: Job) -> tuple[TrainState, Crystals, Crystals | None]:
     if job.config.objective == "score_matching" and model.config.noise_max is None:
         raise ValueError("noise_max of the energy is None, but score_matching needs an energy with noise levels")
     data = {"path": Path(split.source.path).name, "blob_id": split.source.blob_id}
-    initial = None if job.initial is None else Path(job.initial).name
-    origin = {"dataset": job.dataset, "data": data, "n_structures": len(crystals), "initial": initial}
-    origin |= {} if job.negatives is None else {"negatives": Path(job.negatives).name}
+    origin = {"dataset": job.dataset, "data": data, "n_structures": len(crystals)}
+    origin |= {name: (path := getattr(job, name)) and Path(path).name for name in ("initial", "negatives")}
     return TrainState(model.to(job.device), job.config, origin), crystals, found
 
 
@@ -544,13 +544,12 @@ def _parse_arguments(arguments: Sequence[str]) -> Job:
     parser.add_argument("--overwrite", action="store_true", help="begin anew in the place of an earlier run")
     options = parser.parse_args(arguments)
     energy, config = preset(options.dataset, options.objective)
-    limit, n_updates = options.minutes, options.n_updates
-    if limit is not None and not 1e-3 <= limit <= 1e7:
-        raise ValueError(f"--minutes is {limit}, expected 0.001 … 10000000")
-    n_updates = config.n_updates if n_updates is None and limit is None else n_updates
-    config = replace(config, seed=options.seed, n_updates=n_updates, time_limit_s=None if limit is None else 60 * limit)
-    given = {name: getattr(options, name) for name in ("batch_size", "learning_rate")}
-    config = replace(config, **{name: value for name, value in given.items() if value is not None})
+    given = {k: v for k, v in vars(options).items() if k in TrainConfig.__dataclass_fields__ and v is not None}
+    if (limit := options.minutes) is not None:
+        if not 1e-3 <= limit <= 1e7:
+            raise ValueError(f"--minutes is {limit}, expected 0.001 … 10000000")
+        given = {"n_updates": None, "time_limit_s": 60 * limit} | given
+    config = replace(config, **given)
     output = options.output or Path("runs") / f"{options.dataset}.safetensors"
     chosen = ("n_structures", "initial", "negatives", "device", "resume", "overwrite")
     return Job(options.dataset, output, energy, config, **{name: getattr(options, name) for name in chosen})

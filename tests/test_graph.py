@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import crystals
 
-from contsp_core import Crystals, graph, kernels
+from contsp_core import Crystals, graph
 from contsp_core.graph import Graph, build_graph, cutoff_radius, edge_vectors
 from contsp_core.kernels import build_edges
 
@@ -144,13 +144,11 @@ def test_two_atoms_at_one_point_are_neighbours(build):
 
 
 @given(crystal=crystals())
-def test_edge_vectors_are_no_longer_than_the_cutoff_and_both_lengths_agree(crystal):
+def test_edge_vectors_are_no_longer_than_the_cutoff(crystal):
     cutoff = cutoff_radius(crystal)
     edges = build_edges(crystal, cutoff)
     lengths = edge_vectors(crystal, edges.graph).norm(dim=1)
     assert (lengths <= cutoff * (1 + 1e-12)).all()
-    fused = kernels.edge_vectors(crystal, edges).norm(dim=1)
-    torch.testing.assert_close(fused, lengths, rtol=1e-10, atol=0)
 
 
 @given(crystal=crystals(), n_cells=st.integers(1, 3))

@@ -79,19 +79,6 @@ def test_no_gradient_of_the_table_is_made_when_none_is_asked_for():
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def test_edge_vectors_and_their_gradients_are_those_of_autograd():
-    crystals = random_batch()
-    edges = build_edges(crystals, cutoff_radius(crystals))
-    cell, positions = crystals.cell.clone().requires_grad_(), crystals.positions.clone().requires_grad_()
-    moving = crystals.replace(cell=cell, positions=positions)
-    fused, literal = kernels.edge_vectors(moving, edges), edge_vectors(moving, edges.graph)
-    torch.testing.assert_close(fused, literal)
-    adjoint = torch.linspace(-1, 2, fused.numel(), dtype=torch.float64).view_as(fused)
-    pairs = zip(*(torch.autograd.grad(vector, (cell, positions), adjoint) for vector in (fused, literal)))
-    for ours, expected in pairs:
-        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
-
-
 @pytest.mark.parametrize(("dtype", "limit", "tolerance"), [(torch.float32, 80, 1e-6), (torch.float64, 700, 1e-14)])
 def test_the_sigmoid_is_right_over_its_whole_range(dtype, limit, tolerance):
     """One atom pair at distance 0 with w = v = 1, so that the message is the sigmoid."""

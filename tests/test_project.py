@@ -31,8 +31,8 @@ APP = ["calculators", "prediction", "cli"]
 # from the bottom to the top; each may import those before it
 LAYERS = [*CORE, *(f"csp.{name}" for name in CSP), *(f"app.{name}" for name in APP)]
 DRAWING = ("csp.figures", "csp.views")
-NEEDED_BY_TORCH = ["filelock", "fsspec", "functorch", "jinja2", "markupsafe", "mpmath", "networkx", "sympy", "torchgen"]
-NEEDED_BY_TORCH += ["typing_extensions"]
+NEEDED = ["filelock", "fsspec", "functorch", "jinja2", "markupsafe", "mpmath", "networkx", "sympy", "torchgen"]
+NEEDED += ["typing_extensions", "safetensors"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 DOCUMENTS = [path for pattern in ("*.md", "data/**/*.md", "figures/*.md") for path in sorted(ROOT.glob(pattern))]
 FIGURES = sorted((ROOT / "figures").glob("*.png"))
@@ -371,7 +371,7 @@ def test_import_writes_no_file_and_changes_no_setting(tmp_path):
 
 def test_training_needs_torch_and_numpy_only(tmp_path):
     load_split("prototypes", "train").save(tmp_path / "data" / "prototypes" / "train.npz")
-    (tmp_path / "sitecustomize.py").write_text(HIDE_THE_REST.replace("ALLOWED", str(NEEDED_BY_TORCH)))
+    (tmp_path / "sitecustomize.py").write_text(HIDE_THE_REST.replace("ALLOWED", str(NEEDED)))
     arguments = ["-m", "contsp_core.training", "--dataset", "prototypes"]
     arguments += ["--n-updates", "3", "--output", "x.safetensors"]
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
