@@ -44,7 +44,7 @@ def uniform_atoms(cell: Tensor, species: Sequence[Sequence[int]], rng: Rng) -> C
 
 
 def start_crystals(
-    model: ContinuousCGCNN, species: Sequence[Sequence[int]], rng: Rng, places: Sequence[int] = (), others: bool = False
+    model: ContinuousCGCNN, species: Sequence[Sequence[int]], rng: Rng, places: Sequence[int] = ()
 ) -> Crystals:
     """Where chains start, in float64 on the CPU: as in the paper, or for an energy with noise levels at the largest.
 
@@ -55,7 +55,7 @@ def start_crystals(
     if model.noise_features is None:
         return random_crystals(species, rng, model.config.reference_density)
     entries = [tuple(sorted(entry)) for entry in species]
-    similar = {entry: similar_cells(model, entry, others) for entry in set(entries)}
+    similar = {entry: similar_cells(model, entry) for entry in set(entries)}
     pairs = ((similar[entry], number) for entry, number in zip(entries, places or itertools.repeat(0)))
     chosen = torch.stack([rows[number % len(rows)] for rows, number in pairs])
     atomic, given = model.atomic_volume.cpu().double(), model.start_cells.cpu().double()[chosen]
@@ -68,18 +68,18 @@ def start_crystals(
     return apply_strain(crystals, width * crystals.random_cells(rng))
 
 
-def similar_cells(model: ContinuousCGCNN, species: Sequence[int], others: bool = False) -> Tensor:
+def similar_cells(model: ContinuousCGCNN, species: Sequence[int]) -> Tensor:
     """(m,) training crystals whose cell a composition may have, the most likely first.
 
     These are the crystals of its stoichiometry and number of atoms, in order of the mean over atoms of the distance of
     the elements exchanged (:func:`element_distances`), assigned as is best. If there is none, all crystals whose number
-    of atoms is nearest. With ``others``, none has the composition itself: for chains that search training crystals.
+    of atoms is nearest. None has the composition itself: a polymorph's cell would lead the search back to it.
     """
     bank, own = model.start_counts.cpu(), torch.bincount(torch.tensor(species), minlength=MAX_ATOMIC_NUMBER + 1)
-    allowed = (bank != own).any(dim=1) if others else torch.ones(len(bank), dtype=torch.bool)
-    rows = torch.nonzero((bank.sort(dim=1).values == own.sort().values).all(dim=1) & allowed)[:, 0]
+    other = (bank != own).any(dim=1)
+    rows = torch.nonzero((bank.sort(dim=1).values == own.sort().values).all(dim=1) & other)[:, 0]
     if len(rows) == 0:
-        difference = (bank.sum(dim=1) - len(species)).abs() + len(species) * ~allowed
+        difference = (bank.sum(dim=1) - len(species)).abs() + len(species) * ~other
         return torch.nonzero(difference == difference.min())[:, 0]
     n_elements = int((own > 0).sum())
     counts, elements = (column[-n_elements:] for column in own.sort(stable=True))

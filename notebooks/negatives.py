@@ -33,7 +33,7 @@ def find(
     rows, species = zip(*part, strict=True)
     config = sampling_config(model) if n_steps is None else replace(sampling_config(model), n_steps=n_steps)
     rng = [keyed_rng("negative", seed, row) for row in rows]
-    found = run_chains(model, start_crystals(model, species, rng, others=True), config, rng)
+    found = run_chains(model, start_crystals(model, species, rng), config, rng)
     return list(zip(rows, found, strict=True))
 
 

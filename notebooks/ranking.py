@@ -27,31 +27,47 @@ from contsp_core.energy import ContinuousCGCNN
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)  # Å
 LEVEL_NAMES = [f"E {sigma} Å" for sigma in LEVELS]
+REFERENCE_NAMES = [f"reference {sigma} Å" for sigma in LEVELS]
 BINS = np.array([0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
 
 
 def rank_all(model: ContinuousCGCNN, references: list[Structure], samples: list[list[Structure]]) -> pd.DataFrame:
     """A row a crystal found: ``formula`` (its number), ``share`` of the chains, energies, whether it is right."""
-    rows = []
+    rows, known = [], dict(zip(REFERENCE_NAMES, at_levels(model, references)))
     for number, (reference, drawn) in enumerate(zip(references, samples, strict=True)):
         settled = with_energies(model, descend(model, [s for s in drawn if s is not None], N_DESCENT))
         groups = rank_distinct(settled, n_jobs=1) if settled else []
         if not groups:  # a formula without an answer
             rows.append(
-                {"formula": number, "share": 1.0, "energy": 0.0, "right": False} | dict.fromkeys(LEVEL_NAMES, 0.0)
+                {"formula": number, "share": 1.0, "energy": 0.0, "right": False} | dict.fromkeys(LEVEL_NAMES, np.inf)
             )
             continue
         best = [group[0] for group in groups]
         scores = run_with_time_limit(score_pair, [(s, reference) for s in best], 1, progress=False)
-        crystals = Crystals.from_structures(best)
-        with torch.no_grad():
-            energies = [model(crystals, torch.full((len(best),), sigma)).tolist() for sigma in LEVELS]
-            levels = dict(zip(LEVEL_NAMES, energies))
+        levels = dict(zip(LEVEL_NAMES, at_levels(model, best)))
         for place, (group, score) in enumerate(zip(groups, scores, strict=True)):
             right = score is not None and score.strict
             row = {"formula": number, "share": len(group) / len(settled), "energy": group[0].properties["energy"]}
             rows.append(row | {name: values[place] for name, values in levels.items()} | {"right": right})
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table.assign(**{name: np.array(values)[table["formula"]] for name, values in known.items()})
+
+
+def at_levels(model: ContinuousCGCNN, structures: list[Structure]) -> list[list[float]]:
+    """Their energies at each of ``LEVELS``."""
+    crystals = Crystals.from_structures(structures)
+    with torch.no_grad():
+        return [model(crystals, torch.full((len(structures),), sigma)).tolist() for sigma in LEVELS]
+
+
+def wrong_below(table: pd.DataFrame) -> pd.Series:
+    """Share of the formulas for which a wrong crystal lies below the right one, by level."""
+    wrong = table[~table["right"]]
+    below = {
+        name: (wrong[name] < wrong[reference]).groupby(wrong["formula"]).any().sum()
+        for name, reference in zip(LEVEL_NAMES, REFERENCE_NAMES)
+    }
+    return pd.Series(below) / table["formula"].nunique()
 
 
 def fit(table: pd.DataFrame) -> np.ndarray:
@@ -129,7 +145,8 @@ def report(training: pd.DataFrame, testing: pd.DataFrame, output: Path, options:
     print(f"{sizes[0]} formulas to fit, {sizes[1]} to test; a, b, c = {parameters}")
     both = {"all": pd.concat([training, testing]), "to test": testing}
     rates = {f"first is right, {name}": compare(part, parameters) for name, part in both.items()}
-    print((100 * pd.DataFrame(rates)).round(1).to_string())
+    columns = pd.DataFrame(rates | {"a wrong one lies below, all": wrong_below(both["all"])})
+    print((100 * columns).round(1).to_string(na_rep=""))
     parts = [part for _, part in testing.groupby("formula")]
     chances = [confidence(part["energy"].to_numpy(), part["share"].to_numpy(), parameters) for part in parts]
     first = np.array([chance.max() for chance in chances])

@@ -463,9 +463,8 @@ def test_cells_come_from_like_crystals_nearest_elements_first():
     assert sorted(order[:2]) == [1, 2] and order[2:] == [0]
     assert similar_cells(model, [40, 16, 16]).tolist() == similar_cells(model, [40, 8, 8]).tolist()
     assert similar_cells(model, [8, 8, 40]).tolist()[0] == 3
-    assert similar_cells(model, [8, 8, 22]).tolist() == [3, 4]
-    assert similar_cells(model, [22, 8, 8], others=True).tolist() == [4]
-    assert similar_cells(model, [12, 8, 12, 8], others=True).tolist() == [3, 4]  # none of four atoms is left
+    assert similar_cells(model, [22, 8, 8]).tolist() == [4]  # not of the composition itself
+    assert similar_cells(model, [12, 8, 12, 8]).tolist() == [3, 4]  # none of four atoms is left
     assert similar_cells(model, [1] * 5).tolist() == [5]  # nothing of one element: the nearest number of atoms
     starts = start_crystals(model, [[9, 11]] * 4, generator(), [0, 1, 2, 3])
     edges = starts.cell.diagonal(dim1=1, dim2=2) / starts.volume[:, None] ** (1 / 3)

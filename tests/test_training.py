@@ -411,6 +411,41 @@ def test_a_run_leaves_a_checkpoint_with_its_settings_and_a_log(tmp_path, objecti
     assert {file.name for file in job.output.parent.iterdir()} == {"tiny.safetensors", "tiny.csv", "tiny.state"}
 
 
+def negatives(path: Path, reverse: bool = False) -> Path:
+    """The training crystals with every atom moved at random: what chains might have found."""
+    split = load_split("prototypes", "train")
+    moved = split.crystals.positions + split.crystals.random_atoms(torch.Generator().manual_seed(1))
+    found = split.crystals.replace(positions=moved)
+    replace(split, crystals=found[list(range(len(split)))[::-1]] if reverse else found).save(path)
+    return path
+
+
+def test_a_run_tells_data_from_negatives(tmp_path):
+    """The pairs are those of the chosen crystals, and a stopped run goes on with the same ones."""
+    found = negatives(tmp_path / "found.npz")
+    whole = tiny_job(tmp_path / "whole.safetensors", contrast_weight=2.0, negatives=found)
+    run(whole)
+    assert all(0 < float(row["contrast"]) < 50 and 0 <= float(row["told_apart"]) <= 1 for row in log_of(whole))
+    assert read_settings(whole.output)["negatives"] == "found.npz"
+    part = replace(whole, output=tmp_path / "part.safetensors")
+    run(part, lambda row: os.kill(os.getpid(), signal.SIGINT) if row["update"] == 2 else None)
+    run(replace(part, resume=True))
+    assert_same_result(part, whole)
+    without = tiny_job(tmp_path / "without.safetensors")
+    run(without)
+    assert not torch.equal(load_model(whole.output).fc_final.weight, load_model(without.output).fc_final.weight)
+
+
+def test_negatives_of_other_crystals_or_for_another_objective_are_refused(tmp_path):
+    job = tiny_job(tmp_path / "tiny.safetensors", negatives=negatives(tmp_path / "other.npz", reverse=True))
+    with pytest.raises(ValueError, match=r"negatives .*other\.npz' are not for the crystals of .*train\.csv"):
+        run(job)
+    paper = tiny_job(job.output, "contrastive_divergence", negatives=negatives(tmp_path / "found.npz"))
+    with pytest.raises(ValueError, match="negatives are for score_matching, not for contrastive_divergence"):
+        run(paper)
+    assert not job.output.exists()
+
+
 def test_a_run_ends_when_its_time_is_over(tmp_path):
     state = run(tiny_job(tmp_path / "tiny.safetensors", n_updates=None, time_limit_s=0.3))
     assert state.update > 0 and 0.3 <= state.elapsed_s < 5
