@@ -16,7 +16,7 @@ import torch
 from pymatgen.core import Lattice, Structure
 from results import overview_table, results_table, to_markdown
 
-from contsp_core.checkpoints import save_checkpoint
+from contsp_core.checkpoints import load_model, save_checkpoint
 from contsp_core.csp import evaluation
 from contsp_core.csp.candidates import SOURCES
 from contsp_core.csp.evaluation import (
@@ -26,6 +26,7 @@ from contsp_core.csp.evaluation import (
     evaluate_checkpoint,
     evaluate_cifs,
     fill_folder,
+    method_label,
     read_samples,
     write_samples,
 )
@@ -400,3 +401,15 @@ def test_a_missing_number_is_a_dash():
     table = overview_table(results_table([none], published=False))
     assert table.iloc[0, 5] == "–"
     assert to_markdown(table).count("\n") == 3
+
+
+def test_the_method_says_what_the_training_was(tmp_path):
+    made = {"training": {"objective": "score_matching"}}
+    model = load_model("prototypes")
+    for header, label in (
+        (made, "score matching"),
+        (made | {"negatives": "found.npz"}, "score matching and negatives"),
+    ):
+        path = save_checkpoint(tmp_path / "model.safetensors", model, header)
+        assert method_label("chains", path, model) == f"{label}, noise levels"
+    assert method_label("start", path, model) == "the sampler's start, no gradient"

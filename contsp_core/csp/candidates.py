@@ -1,7 +1,6 @@
 """Which crystals could a formula have? Candidates from several sources, ranked by one energy and described.
 
-Sources: chains, their starts alone, known crystals with their elements exchanged; each as made, or followed down the
-energy. A candidate depends on the seed, its formula and its own number only.
+Chains, their starts, known crystals with elements exchanged, as made or descended; keyed by seed, formula and number.
 """
 
 from __future__ import annotations

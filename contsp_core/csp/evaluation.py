@@ -156,9 +156,10 @@ def method_label(source: str, checkpoint: str | Path | None, model: ContinuousCG
     """What the samples are; for chains the objective of the training, from the checkpoint's header, and the sampler."""
     if source != "chains" or checkpoint is None or model is None:
         return METHODS[source]
-    objective = (read_settings(checkpoint).get("training") or {}).get("objective", "")
+    header = read_settings(checkpoint)
+    objective = OBJECTIVES.get((header.get("training") or {}).get("objective", ""), "unknown objective")
     sampler = "noise levels" if isinstance(sampling_config(model), DiffusionConfig) else "annealed MALA"
-    return f"{OBJECTIVES.get(objective, 'unknown objective')}, {sampler}"
+    return f"{objective}{' and negatives' if header.get('negatives') else ''}, {sampler}"
 
 
 def _trained_on(checkpoint: str | Path | None) -> dict[str, Any]:
