@@ -109,7 +109,7 @@ def test_templates_are_counted_for_each_size_of_cell(model):
     for numbers in load_split("prototypes", "train").species:
         amounts = np.unique(numbers, return_counts=True)[1].tolist()
         for place, n in enumerate((1, 2)):
-            counts[place] += amounts == [n, n]
+            counts[place] += amounts == [n, n] and sorted(numbers) != sorted(NACL * n)
     assert 0 < counts[1] < counts[0]
     expected = f"cells of 2 atoms ({counts[0]} templates), 4 atoms ({counts[1]} templates), 38 atoms (0 templates);"
     assert describe_cells(model, [NACL, NACL * 2, NACL * 19]).startswith(expected)

@@ -157,11 +157,11 @@ def plan(model: ContinuousCGCNN, formula: str, config: PredictConfig) -> tuple[l
 
 def describe_cells(model: ContinuousCGCNN, species: Sequence[Sequence[int]]) -> str:
     """Their sizes, and how many training crystals each can take its start from, of those of the same stoichiometry."""
-    known, sizes = np.sort(_training_counts(model), axis=1), []
-    for numbers in species:
-        alike = (known == np.sort(np.bincount(numbers, minlength=MAX_ATOMIC_NUMBER + 1))).all(axis=1)
-        sizes.append(f"{len(numbers)} atoms ({alike.sum()} templates)")
-    return f"cells of {', '.join(sizes)}; templates: training crystals of this stoichiometry and size"
+    counts, sizes = _training_counts(model), []
+    for own in (np.bincount(numbers, minlength=MAX_ATOMIC_NUMBER + 1) for numbers in species):
+        alike = (np.sort(counts, axis=1) == np.sort(own)).all(axis=1) & (counts != own).any(axis=1)
+        sizes.append(f"{own.sum()} atoms ({alike.sum()} templates)")
+    return f"cells of {', '.join(sizes)}; templates: other training crystals of this stoichiometry and size"
 
 
 def choose_units(model: ContinuousCGCNN, unit: Sequence[int]) -> tuple[int, ...]:
