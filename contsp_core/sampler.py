@@ -60,9 +60,8 @@ def start_crystals(
     chosen = torch.stack([rows[number % len(rows)] for rows, number in pairs])
     atomic, given = model.atomic_volume.cpu().double(), model.start_cells.cpu().double()[chosen]
     expected = torch.stack([atomic[list(entry)].sum() for entry in entries])
-    filling = torch.linalg.det(given).abs() / (model.start_counts.cpu().double()[chosen] @ atomic)
-    volumes = expected * filling.sqrt()
-    cells = given * (volumes / torch.linalg.det(given).abs())[:, None, None] ** (1 / 3)
+    volume, known = torch.linalg.det(given).abs(), model.start_counts.cpu().double()[chosen] @ atomic
+    cells = given * (expected / (volume * known).sqrt())[:, None, None] ** (1 / 3)
     crystals = uniform_atoms(cells, species, rng)
     width = float(strain_width(model.config, torch.tensor(model.config.noise_max)))
     return apply_strain(crystals, width * crystals.random_cells(rng))
@@ -79,7 +78,7 @@ def similar_cells(model: ContinuousCGCNN, species: Sequence[int]) -> Tensor:
     other = (bank != own).any(dim=1)
     rows = torch.nonzero((bank.sort(dim=1).values == own.sort().values).all(dim=1) & other)[:, 0]
     if len(rows) == 0:
-        difference = (bank.sum(dim=1) - len(species)).abs() + len(species) * ~other
+        difference = (bank.sum(dim=1) - len(species)).abs().masked_fill(~other, 2**30)  # the last resort
         return torch.nonzero(difference == difference.min())[:, 0]
     n_elements = int((own > 0).sum())
     counts, elements = (column[-n_elements:] for column in own.sort(stable=True))

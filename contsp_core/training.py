@@ -386,7 +386,8 @@ def _begin(job: Job) -> tuple[TrainState, Crystals, Crystals | None]:
     rows = choose(range(len(split)), job.n_structures, job.config.seed)
     crystals = split.crystals.to(torch.float32)[rows]
     if job.negatives is not None:
-        other = Split.load(job.negatives, job.dataset, "train")
+        with retold(f"negatives {str(job.negatives)!r} cannot be read", OSError):
+            other = Split.load(job.negatives, job.dataset, "train")
         if job.config.objective != "score_matching":
             raise ValueError(f"negatives are for score_matching, not for {job.config.objective}")
         if not torch.equal(other.crystals.element_counts, split.crystals.element_counts):

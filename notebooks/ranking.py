@@ -61,7 +61,7 @@ def at_levels(model: ContinuousCGCNN, structures: list[Structure]) -> list[list[
 
 
 def wrong_below(table: pd.DataFrame) -> pd.Series:
-    """Share of the formulas for which a wrong crystal lies below the right one, by level."""
+    """Share of the formulas for which a wrong crystal, descended, lies below the right one as measured, by level."""
     wrong = table[~table["right"]]
     below = {
         name: (wrong[name] < wrong[reference]).groupby(wrong["formula"]).any().sum()

@@ -443,6 +443,8 @@ def test_negatives_of_other_crystals_or_for_another_objective_are_refused(tmp_pa
     paper = tiny_job(job.output, "contrastive_divergence", negatives=negatives(tmp_path / "found.npz"))
     with pytest.raises(ValueError, match="negatives are for score_matching, not for contrastive_divergence"):
         run(paper)
+    with pytest.raises(ValueError, match=r"negatives '.*none\.npz' cannot be read: FileNotFoundError"):
+        run(replace(job, negatives=tmp_path / "none.npz"))
     assert not job.output.exists()
 
 
