@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from contsp_core.data import find_checkpoint, retold, write_whole
@@ -60,10 +60,10 @@ def digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file of :func:`write_tensors`; a ValueError tells of one that is damaged or foreign."""
-    with retold(f"checkpoint {path} is truncated or not a checkpoint", Exception):  # whatever a file can be
-        with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-        tensors = {name: tensor.clone() for name, tensor in load(path.read_bytes()).items()}  # aligned, for rounding
+    problem = f"checkpoint {path} is truncated or not a checkpoint"  # whatever a file can be
+    with retold(problem, Exception), safe_open(path, "pt") as file:
+        metadata = dict(file.metadata() or {})
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - aligned, for rounding
     found, sha256 = metadata.get("format"), metadata.pop("sha256", None)
     if found != FORMAT:
         raise ValueError(f"checkpoint {path} has format {str(found)[:40]!r}, expected {FORMAT!r}")

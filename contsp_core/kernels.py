@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, types
+from numba import config, njit, types
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import overload
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -25,6 +26,9 @@ from torch.autograd.function import once_differentiable
 from contsp_core.crystals import Crystals
 from contsp_core.graph import Graph, search_range
 
+NUMBA: Any = config
+if NUMBA.CPU_FEATURES is None and "+avx512f" in get_host_cpu_features():
+    NUMBA.CPU_FEATURES = f"{get_host_cpu_features()},-prefer-256-bit"  # LLVM would use half of each register
 FAST: Any = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy", "nogil": True, "cache": True}
 
 
@@ -90,12 +94,7 @@ def run_parts(kernel: Callable[..., None], bounds: np.ndarray, arguments: Callab
 
 
 def build_edges(crystals: Crystals, cutoff: Tensor) -> EdgeList:
-    """The graph of :func:`contsp_core.graph.build_graph`, with its errors, found by a compiled search.
-
-    Args:
-        crystals: the batch, on the CPU.
-        cutoff: (n_systems,) radius R, Å.
-    """
+    """The graph of :func:`contsp_core.graph.build_graph`, with its errors, found by a compiled search on the CPU."""
     frac, reach = search_range(crystals, cutoff)
     n_systems = crystals.n_systems
     first_atom = np.searchsorted(crystals.system_idx.numpy(), np.arange(n_systems + 1))
@@ -301,8 +300,7 @@ def message_sum(
         table: (n_nodes, 4 D) the filter c and its slope times the node spacing, at distances 0, 1, 2 … spacings.
         geometry: of the edges, (n_edges,) distance, Å; (n_edges,) weight w(d); (n_edges, 3) vector (x, y, z)_ij, which
             has the other sign for the other direction.
-        n_vectors: V, the number of features of which the last three sums are taken.
-        spacing: of the nodes, Å.
+        n_vectors, spacing: V, the number of features of which the last three sums are taken; and of the nodes, Å.
 
     Returns:
         (n_atoms_total, D + 3 V), differentiable once in all tensors.

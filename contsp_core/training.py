@@ -49,7 +49,8 @@ from contsp_core.sampler import random_crystals
 
 Objective = Literal["score_matching", "contrastive_divergence"]
 OBJECTIVES = get_args(Objective)
-MAX_RETRIES = 3  # returns to one saved state after a loss that is not finite
+MAX_RETRIES = 3  # returns to one saved state after a loss that is not finite, or
+MAX_LOSS = 1e4  # above this, as where the gap of contrastive divergence runs away
 AVERAGE_WARMUP = 10  # updates over which the average forgets its start
 Row = dict[str, float]  # of the log
 Buffer = dict[tuple[int, ...], tuple[Crystals, int]]  # species -> the last sample, and the update that made it
@@ -115,8 +116,8 @@ def contrastive_divergence_step(
     that is why the training map is strongly re-description invariant.
 
     Returns:
-        Loss, energies and their gap; of the chains: acceptance rate, share of non-finite proposals, share of buffered
-        starts, and the mean age of starts (updates; 0 for fresh ones).
+        Loss, energies, their gap and penalty; of the chains: acceptance rate, share of those that never moved (they are
+        kept), of non-finite proposals and of buffered starts, and the mean age of starts (updates; 0 for fresh ones).
     """
     rng = [rng] * len(crystals) if isinstance(rng, torch.Generator) else rng
     compositions = [reduce_species(numbers) for numbers in crystals.species]  # Reduce
@@ -124,9 +125,10 @@ def contrastive_divergence_step(
     samples, row = _sample(model, species, config, rng, buffer, update)  # Ũ ~ exp(−E / T), by MALA under the current θ
     real, sampled = model(crystals), model(samples)
     gap = real.mean() - sampled.mean()
-    loss = gap + config.energy_penalty * (real.square().mean() + sampled.square().mean())
-    loss.backward()  # the optimiser's update follows in train_step
-    means = {"loss": loss, "energy_real": real.mean(), "energy_sample": sampled.mean(), "gap": gap}
+    penalty = config.energy_penalty * (real.square().mean() + sampled.square().mean())
+    (gap + penalty).backward()  # the optimiser's update follows in train_step
+    means = {"loss": gap + penalty, "energy_real": real.mean(), "energy_sample": sampled.mean()}
+    means |= {"gap": gap, "penalty": penalty}
     return {name: value.item() for name, value in means.items()} | row
 
 
@@ -150,7 +152,8 @@ def _sample(
     if buffer is not None and config.buffer_share > 0:
         kept = zip(species, state.crystals.to("cpu"), strict=True)
         buffer |= {tuple(numbers): (crystal, update) for numbers, crystal in kept}
-    row = {"acceptance_rate": torch.cat(accepted).mean().item()}
+    rates = torch.stack(accepted).mean(dim=0)
+    row = {"acceptance_rate": rates.mean().item(), "stuck_share": (rates == 0).float().mean().item()}
     row |= {"nonfinite_rate": state.n_nonfinite.float().mean().item() / len(accepted)}
     row |= {"buffer_share": len(ages) / len(species), "buffer_age": sum(ages) / len(species)}
     return state.crystals, row
@@ -226,7 +229,7 @@ def train_step(
 ) -> Row:
     """One update on one batch, shared by all processes; returns the row of the log.
 
-    The state changes in place, unless loss or gradient is not finite. ``crystals`` are all training crystals, and
+    The state changes in place, unless loss or gradient is not sound. ``crystals`` are all training crystals, and
     ``found`` what chains found for each, on the CPU; ``progress``, 0 … 1, sets the learning rate.
     """
     model, key = state.model, (config.seed, state.update, state.n_retries)
@@ -252,7 +255,7 @@ def train_step(
     limit = math.inf if config.clip_norm is None else config.clip_norm
     gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
     learning_rate = _learning_rate(config, state.update, progress)
-    if math.isfinite(row["loss"]) and math.isfinite(gradient_norm):
+    if abs(row["loss"]) <= MAX_LOSS and math.isfinite(gradient_norm):
         for group in state.optimiser.param_groups:
             group["lr"] = learning_rate
         state.optimiser.step()
@@ -518,8 +521,7 @@ def main(arguments: Sequence[str]) -> None:
     if state.stopped_by:
         end = f"stopped after {state.update} updates; --resume goes on"
     elif state.update == state.begun_at:
-        end = f"{job.output} is finished: {state.update} updates in {state.elapsed_s / 60:.3g} minutes; "
-        end += "--resume with more --n-updates or --minutes goes on"
+        end = f"{job.output} is finished: {state.update} updates; --resume with more --n-updates or --minutes goes on"
     if speaks:
         print(end, file=sys.stderr)
     if state.stopped_by:

@@ -9,9 +9,11 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
+from numba.core.codegen import get_host_cpu_features
 from scipy import special
 from test_energy import SMALL, random_batch, small_model
 
@@ -211,3 +213,13 @@ def test_a_second_derivative_is_refused_instead_of_wrong():
 def test_without_numba_the_plain_path_is_taken(monkeypatch):
     monkeypatch.setattr(energy, "kernels", None)
     assert not ContinuousCGCNN(SMALL).use_kernels
+
+
+@pytest.mark.skipif("+avx512f" not in get_host_cpu_features(), reason="this processor has no registers of 512 bits")
+def test_vectors_fill_the_registers():
+    kernel = numba.njit(**kernels.FAST | {"cache": False})(kernels._message_kernels(16, 0)[0].py_func)
+    a, table, edge = np.ones((2, 32), np.float32), np.ones((3, 64), np.float32), np.zeros(1, np.int64)
+    geometry = np.ones(1, np.float32), np.ones(1, np.float32), np.ones((1, 3), np.float32)
+    kernel(0, 1, a, a, table, *geometry, edge, edge, np.float32(1), np.zeros((2, 16), np.float32))
+    (assembly,) = kernel.inspect_asm().values()
+    assert assembly.count("zmm") > assembly.count("ymm")

@@ -31,6 +31,7 @@ from contsp_core.checkpoints import read_settings, read_tensors
 from contsp_core.data import load_split, write_whole
 from contsp_core.diffusion import random_noise_levels, score_matching_step
 from contsp_core.energy import NOISE_LEVELS, PRESETS, EnergyConfig
+from contsp_core.lattice import niggli
 from contsp_core.mala import AnnealConfig
 from contsp_core.training import (
     OBJECTIVES,
@@ -105,6 +106,18 @@ def test_the_gradient_is_the_one_derived_by_hand(chains, penalty):
     assert float(model.theta.grad) == pytest.approx(float(expected), rel=1e-6)
     assert row["loss"] == pytest.approx(float(3 * (real.mean() - sampled.mean()) + penalty * 9 * squares), rel=1e-6)
     assert row["gap"] == pytest.approx(row["energy_real"] - row["energy_sample"], rel=1e-6)
+    assert row["penalty"] == pytest.approx(row["loss"] - row["gap"], abs=1e-6)
+
+
+@pytest.mark.parametrize(("step", "stuck"), [(1e12, 1.0), (1e-12, 0.0)])
+def test_chains_that_never_move_are_counted_and_kept(chains, step, stuck):
+    chain = AnnealConfig(n_steps=4, step_first=step, step_last=step)
+    row = contrastive_divergence_step(
+        VolumeModel(3.0), cubic_crystals([3.0] * 40), replace(SHORT, chain=chain), make_rng()
+    )
+    assert row["stuck_share"] == stuck == 1 - row["acceptance_rate"]
+    start, final = niggli(chains[0]["initial"]), chains[0]["final"]
+    assert torch.allclose(start.cell, final.cell, atol=1e-3) and len(final) == 40
 
 
 def test_with_chains_in_equilibrium_the_gradient_is_that_of_the_likelihood():
@@ -622,18 +635,19 @@ def test_a_loss_that_is_not_finite_takes_the_run_back_to_other_random_numbers(
     assert all(math.isfinite(float(row["loss"])) for row in log_of(job))
 
 
-def test_a_loss_that_never_is_finite_ends_the_run_with_a_diagnosis(tmp_path, monkeypatch):
-    fail_at(monkeypatch, update=4, n_failures=10)
+@pytest.mark.parametrize("loss", [math.nan, 2e4])
+def test_a_loss_that_is_never_sound_ends_the_run_with_a_diagnosis(tmp_path, monkeypatch, loss):
+    fail_at(monkeypatch, update=4, n_failures=10, loss=loss)
     job = tiny_job(tmp_path / "tiny.safetensors", save_every_s=1e-9)
-    diagnosis = "update 4: loss nan, gradient norm .*; going back 3 times to update 4 did not help; a smaller"
+    diagnosis = f"update 4: loss {loss}, gradient norm .*; going back 3 times to update 4 did not help; a smaller"
     with pytest.raises(FloatingPointError, match=diagnosis) as error:
         run(job)
     assert "\n" not in str(error.value)
     assert read_settings(job.output)["n_updates"] == 4 == len(log_of(job)) and load_model(job.output)
 
 
-def fail_at(monkeypatch, update: int, n_failures: int) -> None:
-    """The loss of an update is not a number, so many times; random numbers must be new every time."""
+def fail_at(monkeypatch, update: int, n_failures: int, loss: float = math.nan) -> None:
+    """The loss of an update is not a number, or too large, so many times; random numbers must be new every time."""
     step, seen = training.score_matching_step, []
 
     def broken(model, crystals, sigma, rng):
@@ -644,7 +658,7 @@ def fail_at(monkeypatch, update: int, n_failures: int) -> None:
         is_broken = len(seen) in [update + 1 + (update + 1) * n for n in range(n_failures)] or (
             n_failures > 3 and len(seen) > update
         )
-        return row | ({"loss": math.nan} if is_broken else {})
+        return row | ({"loss": loss} if is_broken else {})
 
     monkeypatch.setattr(training, "score_matching_step", broken)
 
@@ -774,8 +788,8 @@ def test_the_command_line_tells_of_a_run_that_is_finished_and_goes_on_with_a_lon
     assert capsys.readouterr().err.endswith("a.safetensors holds the average after 2 updates\n")
     main([*arguments, "--n-updates", "2", "--resume"])
     told = capsys.readouterr().err
-    assert "a.safetensors is finished: 2 updates in " in told and told.count("\n") == 1
-    assert told.endswith(" minutes; --resume with more --n-updates or --minutes goes on\n")
+    assert "a.safetensors is finished: 2 updates;" in told and told.count("\n") == 1
+    assert told.endswith("; --resume with more --n-updates or --minutes goes on\n")
     main([*arguments, "--n-updates", "3", "--resume"])
     assert capsys.readouterr().err.endswith("a.safetensors holds the average after 3 updates\n")
 
