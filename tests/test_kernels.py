@@ -215,7 +215,9 @@ def test_without_numba_the_plain_path_is_taken(monkeypatch):
     assert not ContinuousCGCNN(SMALL).use_kernels
 
 
-@pytest.mark.skipif("+avx512f" not in get_host_cpu_features(), reason="this processor has no registers of 512 bits")
+@pytest.mark.skipif(
+    "-prefer-256-bit" not in str(kernels.NUMBA.CPU_FEATURES), reason="no registers of 512 bits, or not wanted"
+)
 def test_vectors_fill_the_registers():
     kernel = numba.njit(**kernels.FAST | {"cache": False})(kernels._message_kernels(16, 0)[0].py_func)
     a, table, edge = np.ones((2, 32), np.float32), np.ones((3, 64), np.float32), np.zeros(1, np.int64)
