@@ -13,7 +13,6 @@ import numba
 import numpy as np
 import pytest
 import torch
-from numba.core.codegen import get_host_cpu_features
 from scipy import special
 from test_energy import SMALL, random_batch, small_model
 
