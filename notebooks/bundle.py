@@ -1,6 +1,6 @@
 """Take a trained checkpoint into ``data/checkpoints``, with its losses on validation crystals, its log and its card.
 
-``python notebooks/bundle.py runs/perov5.safetensors``; the log is thinned to a row in fifty.
+``python notebooks/bundle.py runs/perov5.safetensors``; the log is thinned to at most 450 rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def bundle(trained: Path, folder: Path = CHECKPOINTS) -> Path:
         settings["validation_loss"] = {name: float(f"{value:.3g}") for name, value in losses.items()}
     target = save_checkpoint(folder / trained.name, model, settings)
     log = pd.read_csv(trained.with_suffix(".csv"))
-    log[log.index % 50 == 0].to_csv(target.with_suffix(".csv"), index=False, float_format="%.5g")
+    log[log.index % -(-len(log) // 450) == 0].to_csv(target.with_suffix(".csv"), index=False, float_format="%.5g")
     target.with_suffix(".md").write_text(model_card(target) + "\n", encoding="utf-8")
     return target
 

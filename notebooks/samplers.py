@@ -57,24 +57,29 @@ def draw(model: ContinuousCGCNN, name: str, species: Sequence[Sequence[int]], n_
 
 
 @torch.no_grad()
+def score_samples(model: ContinuousCGCNN, references: Sequence, samples: Crystals, n_samples: int) -> dict[str, float]:
+    """Energies above the reference, of all samples and of the best of each crystal, and scores."""
+    energies = model(samples).unflatten(0, (-1, n_samples))
+    above, structures = energies - model(Crystals.from_structures(references))[:, None], samples.to_structures()
+    for structure, energy in zip(structures, energies.flatten().tolist(), strict=True):
+        structure.properties["energy"] = energy
+    lists = [structures[i : i + n_samples] for i in range(0, len(structures), n_samples)]
+    scores, _ = evaluate_csp(references, lists, n_jobs=1, metre=False, progress=False)
+    row = {"energy": float(above.mean()), "energy_best": float(above.amin(dim=1).mean())}
+    row |= {column: scores[score] for column, score in SCORES.items()}
+    return row | {f"match@{n_samples}": scores["match_rate"], f"rmse@{n_samples}": scores["rmse"]}
+
+
 def compare_samplers(
     model: ContinuousCGCNN, references: Sequence, gradients: Sequence[int], n_samples: int, seed: int = 0
 ) -> pd.DataFrame:
     """A row for each sampler and length of chain: energies above the reference, and scores."""
-    rows, reference = [], model(Crystals.from_structures(references))[:, None]
+    rows, species = [], [structure.atomic_numbers for structure in references]
     for n_steps in gradients:
         for name in SAMPLERS:
-            drawn = draw(model, name, [s.atomic_numbers for s in references], n_samples, n_steps, seed)
-            energies = model(drawn).unflatten(0, (-1, n_samples))
-            above, samples = energies - reference, drawn.to_structures()
-            for structure, energy in zip(samples, energies.flatten().tolist(), strict=True):
-                structure.properties["energy"] = energy
-            lists = [samples[i : i + n_samples] for i in range(0, len(samples), n_samples)]
-            scores, _ = evaluate_csp(references, lists, n_jobs=1, metre=False, progress=False)
-            row = {"sampler": name, "gradients": n_steps, "energy": float(above.mean())}
-            row |= {"energy_best": float(above.amin(dim=1).mean())}
-            row |= {column: scores[score] for column, score in SCORES.items()}
-            rows.append(row | {f"match@{n_samples}": scores["match_rate"], f"rmse@{n_samples}": scores["rmse"]})
+            drawn = draw(model, name, species, n_samples, n_steps, seed)
+            row = score_samples(model, references, drawn, n_samples)
+            rows.append({"sampler": name, "gradients": n_steps} | row)
     return pd.DataFrame(rows)
 
 
