@@ -235,7 +235,7 @@ class ContinuousCGCNN(nn.Module):
         spacing = basis.width / (16 if distance.dtype == torch.float32 else 240)
         n_nodes = int(min(float(cutoff.detach().nan_to_num(0, 0).max()), basis.reach) / spacing) + 3
         grid = torch.arange(n_nodes, dtype=distance.dtype) * spacing
-        values, slopes = basis(grid), basis.slope(grid) * spacing
+        values, slopes = (x * (x.abs() > 1e-20) for x in (basis(grid), basis.slope(grid) * spacing))  # no subnormals
         within = distance.clamp(max=basis.reach)  # beyond, the filter is constant
 
         def messages(received: Tensor, sent: Tensor, lin3: nn.Linear) -> Tensor:

@@ -183,7 +183,7 @@ class TrainState:
         self.settings = json.loads(json.dumps(self.origin | asdict(model.config) | made_by))
         self.model = model.requires_grad_(True).train()
         self.averaged = copy.deepcopy(model).requires_grad_(False).eval()
-        self.optimiser = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay)
+        self.optimiser = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay, fused=True)
         self.buffer: Buffer = {}
         self.begun_at = self.update = 0  # where this process took over, and where it is
         self.elapsed_s = 0.0
