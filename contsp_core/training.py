@@ -102,8 +102,7 @@ def preset(dataset: str, objective: Objective = TrainConfig.objective) -> tuple[
         epochs, n_train = EPOCHS.get(dataset, EPOCHS["perov5"])  # as published; mp as MP-20
         return PRESETS.get(dataset, EnergyConfig()), replace(PAPER, n_updates=epochs * -(-n_train // PAPER.batch_size))
     # a start bends the cell by the largest strain, and cells of Perov-5 are all alike
-    strain_cap, noise_default = (0.03, 0.3) if dataset == "perov5" else (0.06, 0.4)
-    energy = replace(NOISE_LEVELS, strain_cap=strain_cap, noise_default=noise_default)
+    energy = replace(NOISE_LEVELS, strain_cap=0.03 if dataset == "perov5" else 0.06)
     return energy, TrainConfig(objective, batch_size=64 if dataset == "mpts52" else 128)  # large cells take longer
 
 

@@ -67,7 +67,7 @@ def nearest_minima(model: ContinuousCGCNN, structures: Sequence[Structure], n_st
     starts = niggli(Crystals.from_structures(structures, torch.float64)).to_structures()
     path = [with_energies(model, starts)]
     for _ in range(2):
-        path.append(with_energies(model, descend(model, path[-1], n_steps // 2)))
+        path.append(with_energies(model, descend(model, path[-1], n_steps // 2, model.config.noise_default)))
     rows = []
     for start, middle, end in zip(*path, strict=True):
         try:

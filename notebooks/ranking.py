@@ -25,7 +25,7 @@ from contsp_core.csp.figures import COLORS, new_figure, save_figure, styled
 from contsp_core.csp.metrics import run_with_time_limit, score_pair
 from contsp_core.energy import ContinuousCGCNN
 
-LEVELS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)  # Å
+LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # Å
 LEVEL_NAMES = [f"E {sigma} Å" for sigma in LEVELS]
 REFERENCE_NAMES = [f"reference {sigma} Å" for sigma in LEVELS]
 BINS = np.array([0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])

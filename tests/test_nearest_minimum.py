@@ -11,6 +11,7 @@ from pymatgen.core import Lattice, Structure
 
 from contsp_core import Crystals
 from contsp_core.crystals import keyed_rng
+from contsp_core.energy import EnergyConfig
 from contsp_core.lattice import niggli
 
 STRAIN = np.diag([0.02, -0.01, 0.0])
@@ -45,6 +46,8 @@ SIDE = 30.3 ** (1 / 3)
 
 class Spring(torch.nn.Module):
     """Zero at 30 Å³ and a fractional distance of 1 / SIDE of the two atoms, which no strain changes."""
+
+    noise_features, config = None, EnergyConfig()
 
     def __init__(self):
         super().__init__()

@@ -342,7 +342,7 @@ def test_the_union_is_trained_as_mp20_with_its_own_number_of_crystals():
 
 
 def test_presets_defaults_and_command_line_agree(monkeypatch, tmp_path):
-    assert preset("perov5") == (replace(NOISE_LEVELS, strain_cap=0.03, noise_default=0.3), TrainConfig())
+    assert preset("perov5") == (replace(NOISE_LEVELS, strain_cap=0.03), TrainConfig())
     jobs = []
     monkeypatch.setattr(training, "run", lambda job, on_row: jobs.append(job) or TrainState(small_model(), job.config))
     main(["--dataset", "perov5"])

@@ -74,10 +74,8 @@ def make_candidates(
         batch_atoms: atoms of chains that run together.
 
     Returns:
-        One list per composition, of n_samples; None where templates do not suffice.
-
-    Raises:
-        ValueError: on an unknown source, or if the model or the library that it needs is missing.
+        One list per composition, of n_samples; None where templates do not suffice. A ValueError tells of an unknown
+        source, or of a model or a library that it needs and that is missing.
     """
     _check_source(source, n_samples, model, library)
     energy, templates = cast(ContinuousCGCNN, model), cast(TemplateLibrary, library)  # there, where the source needs it
@@ -144,13 +142,8 @@ class TemplateLibrary:
         between the old and the new element (:func:`element_distances`), ties in random order. The volume is multiplied
         by the ratio of the volumes that the atomic volumes give for the two compositions.
 
-        Args:
-            species: atomic numbers of the crystal to predict.
-            n: number of structures asked for.
-            seed: of the order of ties.
-
-        Returns:
-            at most n structures, the nearest first.
+        ``species`` are the atomic numbers of the crystal to predict; ``seed`` is that of ties. Returned are at most n
+        structures, the nearest first.
         """
         elements, pattern = _pattern(species)
         rng = keyed_rng(seed, tuple(sorted(species)))
@@ -225,17 +218,24 @@ def relax(
     return [structure for crystals in moved for structure in crystals.to_structures()]
 
 
-def descend(model: ContinuousCGCNN, structures: Sequence[Structure], n_steps: int = 200) -> list[Structure]:
+def descend(
+    model: ContinuousCGCNN, structures: Sequence[Structure], n_steps: int = 200, noise: float = 0.3
+) -> list[Structure]:
     """Gradient descent of the energy in atoms and cell, ``n_steps`` gradients for each crystal.
 
-    A step that raises the energy is undone and the next one is half as long; else the next one is a fifth longer.
+    A step that raises the energy is undone and the next one is half as long; else the next one is a fifth longer. With
+    noise levels the energy is the one at level ``noise`` (Å), which is smoother than where crystals are judged.
     """
-    return [s for _, batch in _batches(model, structures) for s in _descend(model, batch, n_steps).to_structures()]
+    made = []
+    for _, crystals in _batches(model, structures):
+        level = [] if model.noise_features is None else [torch.full_like(crystals.volume, noise)]
+        made += _descend(model, crystals, n_steps, *level).to_structures()
+    return made
 
 
-def _descend(energy: Callable[[Crystals], Tensor], crystals: Crystals, n_steps: int) -> Crystals:
+def _descend(energy: Callable[..., Tensor], crystals: Crystals, n_steps: int, *level: Tensor) -> Crystals:
     def gradients(crystals: Crystals) -> tuple[Tensor, Tensor, Tensor]:
-        value, grad_cell, grad_positions = energy_and_gradient(energy, crystals)
+        value, grad_cell, grad_positions = energy_and_gradient(energy, crystals, *level)
         strain = strain_gradient(crystals, grad_cell, grad_positions)
         return value, (strain + strain.mT) / 2, grad_positions
 
