@@ -62,8 +62,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file of :func:`write_tensors`; a ValueError tells of one that is damaged or foreign."""
     problem = f"checkpoint {path} is truncated or not a checkpoint"  # whatever a file can be
     with retold(problem, Exception), safe_open(path, "pt") as file:
-        metadata = dict(file.metadata() or {})
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - aligned, for rounding
+        metadata, names = dict(file.metadata() or {}), file.keys()
+        tensors = {name: file.get_tensor(name).clone() for name in names}  # aligned, for rounding
     found, sha256 = metadata.get("format"), metadata.pop("sha256", None)
     if found != FORMAT:
         raise ValueError(f"checkpoint {path} has format {str(found)[:40]!r}, expected {FORMAT!r}")
