@@ -1,6 +1,6 @@
 """What each departure from the public code does to the chains of one energy, on validation crystals.
 
-``python notebooks/departures.py`` (Perov-5, about half an hour) writes ``figures/03_departures_perov5.csv``.
+``python notebooks/departures.py --checkpoint FILE``, trained as in the paper, writes ``figures/03_departures_perov5.csv``.
 """
 
 from __future__ import annotations
@@ -102,8 +102,9 @@ def run_departure(
     with mock.patch.object(mala, "mala_step", step):
         for begin in (0.0, 1 / 3) if chains.again else (0.0,):
             begins = torch.full((len(crystals),), begin)
-            seen = lambda _, state: accepted.append(state.accepted.float())  # noqa: E731
-            crystals = anneal(model, crystals, config, rng, seen, begins).crystals
+            crystals = anneal(
+                model, crystals, config, rng, lambda _, s: accepted.append(s.accepted.float()), begins
+            ).crystals
     rates = torch.stack(accepted)
     row = {"acceptance": float(rates.mean()), "acceptance, end": float(rates[-len(rates) // 10 :].mean())}
     return crystals, row | {"never moved": float((rates.sum(dim=0) == 0).float().mean())}
@@ -136,7 +137,7 @@ def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="perov5", choices=DATASETS)
-    parser.add_argument("--checkpoint", help="trained as in the paper (default: <dataset>_paper)")
+    parser.add_argument("--checkpoint", required=True, help="trained by contrastive divergence, without noise levels")
     parser.add_argument("--like", help="holds learned volumes and cells of like crystals (default: <dataset>)")
     parser.add_argument("--n-structures", type=int, default=100)
     parser.add_argument("--n-samples", type=int, default=4)
@@ -146,10 +147,7 @@ def main() -> None:
     options = parser.parse_args()
     output = options.output or Path(__file__).parent.parent / "figures" / f"03_departures_{options.dataset}.csv"
     torch.set_num_threads(1)
-    model, like = (
-        load_model(options.checkpoint or f"{options.dataset}_paper"),
-        load_model(options.like or options.dataset),
-    )
+    model, like = load_model(options.checkpoint), load_model(options.like or options.dataset)
     references = choose(load_split(options.dataset, "val"), options.n_structures, options.seed)
     table = compare_departures(model, like, references, options.lengths, options.n_samples, options.seed)
     table.to_csv(output, index=False, float_format="%.4g")
