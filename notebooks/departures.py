@@ -1,6 +1,6 @@
 """What each departure from the public code does to the chains of one energy, on validation crystals.
 
-``python notebooks/departures.py --checkpoint FILE``, trained as in the paper; into ``figures/03_departures_perov5.csv``.
+``python notebooks/departures.py --checkpoint FILE`` writes ``figures/03_departures_perov5.csv``.
 """
 
 from __future__ import annotations
