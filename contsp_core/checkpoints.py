@@ -83,16 +83,17 @@ def read_settings(name_or_path: str | Path) -> dict[str, Any]:
 def load_model(name_or_path: str | Path, device: str | torch.device | None = None) -> ContinuousCGCNN:
     """A trained energy, in evaluation mode: a bundled checkpoint by name (``"perov5"``), or a file.
 
-    What it was saved with is told by :func:`read_settings`; how it is sampled is ``model.sampling``. A ValueError tells
-    of a file that is missing, truncated, damaged or foreign, or of weights that are not finite.
+    What it was saved with is told by :func:`read_settings`; ``model.sampling`` says how to sample it, ``model.judge``
+    is the energy that ranks. A ValueError tells of a file that is missing or damaged, or of weights not finite.
     """
     path, settings = find_checkpoint(name_or_path), read_settings(name_or_path)
     tensors, _ = read_tensors(path)
+    judge = load_model(settings["judge"]) if settings.get("judge") else None
     with retold(f"checkpoint {path} does not fit its own configuration", Exception):  # whatever a header can say
         config = EnergyConfig(**settings["energy"])
         kind = AnnealConfig if config.noise_max is None else DiffusionConfig
         with torch.device("meta"):  # no memory is spent on what the file only claims to hold
-            model = ContinuousCGCNN(config, kind(**settings["sampling"])).to(tensors["embedding.weight"].dtype)
+            model = ContinuousCGCNN(config, kind(**settings["sampling"]), judge).to(tensors["embedding.weight"].dtype)
         for name, tensor in model.state_dict().items():
             if name in tensors and tensors[name].dtype != tensor.dtype:
                 raise ValueError(f"{name} is {tensors[name].dtype}, expected {tensor.dtype}")

@@ -69,24 +69,14 @@ class Crystals:
             raise ValueError(f"cell of system {system} has volume {smallest:.3g} Å³, expected ≥ {MIN_VOLUME} Å³")
 
     @property
-    def n_systems(self) -> int:
-        """Number of crystals in the batch."""
-        return len(self.cell)
-
-    @property
     def n_atoms(self) -> Tensor:
         """(n_systems,) atoms per crystal."""
-        return torch.bincount(self.system_idx, minlength=self.n_systems)
+        return torch.bincount(self.system_idx, minlength=len(self))
 
     @property
     def volume(self) -> Tensor:
         """(n_systems,) |det L|, Å³."""
         return torch.linalg.det(self.cell).abs()
-
-    @property
-    def density(self) -> Tensor:
-        """(n_systems,) number density ρ = N / |det L|, Å⁻³."""
-        return self.n_atoms / self.volume
 
     @property
     def frac_coords(self) -> Tensor:
@@ -99,7 +89,7 @@ class Crystals:
 
     def sum_atoms(self, per_atom: Tensor) -> Tensor:
         """(n_atoms_total, …) -> (n_systems, …), the sum over the atoms of each crystal."""
-        return per_atom.new_zeros(self.n_systems, *per_atom.shape[1:]).index_add(0, self.system_idx, per_atom)
+        return per_atom.new_zeros(len(self), *per_atom.shape[1:]).index_add(0, self.system_idx, per_atom)
 
     def multiply_rows(self, rows: Tensor, matrices: Tensor) -> Tensor:
         """(n_atoms_total, 3) rows, each times the matrix (n_systems, 3, 3) of its crystal, on the right."""
@@ -111,7 +101,7 @@ class Crystals:
 
     def random_cells(self, rng: Rng, symmetric: bool = True) -> Tensor:
         """(n_systems, 3, 3) Gaussian matrices: of density ∝ exp(−|ε|²/2) if symmetric, else of independent entries."""
-        noise = random_rows(torch.randn, [3] * self.n_systems, rng, self.cell.dtype).to(self.cell.device).view(-1, 3, 3)
+        noise = random_rows(torch.randn, [3] * len(self), rng, self.cell.dtype).to(self.cell.device).view(-1, 3, 3)
         return (noise + noise.mT) / 2 if symmetric else noise
 
     @property
@@ -125,7 +115,7 @@ class Crystals:
         return self.sum_atoms(torch.nn.functional.one_hot(self.atomic_numbers, MAX_ATOMIC_NUMBER + 1))
 
     def __len__(self) -> int:
-        return self.n_systems
+        return len(self.cell)
 
     def replace(self, **geometry: Tensor) -> Crystals:
         """The same atoms in another geometry: another ``cell``, other ``positions``, or both.
@@ -159,7 +149,7 @@ class Crystals:
         """Join batches end to end."""
         if not batches:
             raise ValueError("empty batch: nothing to join")
-        offsets = np.cumsum([0, *(batch.n_systems for batch in batches)])
+        offsets = np.cumsum([0, *map(len, batches)])
         moved = [batch.system_idx + int(offset) for batch, offset in zip(batches, offsets)]
         joined = {name: torch.cat([vars(batch)[name] for batch in batches]) for name in vars(batches[0])}
         return cls(**joined | {"system_idx": torch.cat(moved)})
@@ -256,9 +246,8 @@ def expand_composition(
     """
     uniform = float(torch.rand((), generator=rng, dtype=torch.float64))
     multiple = 1 + int(math.log1p(-uniform) / math.log1p(-p)) if p < 1 else 1
-    n_per_unit = sum(composition.values())
     if max_atoms is not None:
-        multiple = max(1, min(multiple, max_atoms // n_per_unit))
+        multiple = max(1, min(multiple, max_atoms // sum(composition.values())))
     return [number for number, count in composition.items() for _ in range(count * multiple)]
 
 
@@ -309,8 +298,8 @@ def check_settings(config: object, **limits: tuple[float, float]) -> None:
             least, most = limits.get(name, (1 if whole else math.ulp(0.0), math.inf))
             sound = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
             sound = sound and least <= value <= most and value < math.inf
-            expected = f"≥ {least}" if most == math.inf else f"from {least} to {most}"
-            expected = f"{'an integer' if whole else 'a number'} {expected}"
+            limit = f"≥ {least}" if most == math.inf else f"from {least} to {most}"
+            expected = f"{'an integer' if whole else 'a number'} {limit}"
             expected = expected if whole or name in limits else "a positive number"
         if not sound:
             raise ValueError(f"{name} is {value!r}, expected {expected}")

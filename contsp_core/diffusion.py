@@ -70,8 +70,7 @@ def add_noise(crystals: Crystals, sigma: Tensor, sigma_strain: Tensor, rng: Rng)
     """
     per_atom, per_cell = crystals.to_atoms(sigma)[:, None], sigma_strain[:, None, None]
     displacement = per_atom * crystals.random_atoms(rng)
-    mean = crystals.sum_atoms(displacement) / crystals.n_atoms[:, None]
-    displacement = displacement - crystals.to_atoms(mean)
+    displacement = displacement - crystals.to_atoms(crystals.sum_atoms(displacement) / crystals.n_atoms[:, None])
     strain = per_cell * crystals.random_cells(rng)
     displaced = crystals.replace(positions=crystals.positions + displacement)
     back = crystals.multiply_rows(displacement, torch.linalg.matrix_exp(-strain))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -142,18 +142,21 @@ class ContinuousCGCNN(nn.Module):
     The value does not depend on the description of the crystal (basis, images, order, supercell) nor on its
     orientation, origin or handedness, and is continuous in the atoms: an edge comes and goes with weight and slope 0.
 
-    If the configuration has noise levels, f_θ(U) = g_θ(U, σ) / σ, at σ = ``noise_default`` unless σ is given: score
-    matching does not see the relative depth of wells further apart than σ, so the smallest level ranks crystals badly.
+    If the configuration has noise levels, f_θ(U) = g_θ(U, σ) / σ, at σ = ``noise_default`` unless σ is given. Score
+    matching does not see the relative depth of wells further apart than σ, so another energy may be the better judge.
     Atomic volumes (buffer ``atomic_volume``, Å³), where learned, replace the constant 1/ρ₀.
 
     Attributes:
         sampling: how its crystals are sampled unless asked otherwise, an ``AnnealConfig`` or ``DiffusionConfig``.
+        judge: the energy that ranks its crystals: itself, unless another one is given.
     """
 
-    def __init__(self, config: EnergyConfig = EnergyConfig(), sampling: Any = None) -> None:
+    judge: ContinuousCGCNN
+
+    def __init__(self, config: EnergyConfig = EnergyConfig(), sampling: Any = None, judge: Any = None) -> None:
         super().__init__()
-        self.config = config
-        self.sampling = sampling
+        self.config, self.sampling = config, sampling
+        vars(self)["judge"] = judge or self  # not as a module: its weights are not this energy's
         self.embedding = nn.Embedding(MAX_ATOMIC_NUMBER, config.width)
         self.distance_expansion = GaussianBasis(config)
         self.conv_layers = nn.ModuleList(ContinuousConv(config) for _ in range(config.n_conv))
@@ -259,6 +262,18 @@ class ContinuousCGCNN(nn.Module):
         with retold(f"weights do not fit preset {preset!r}", RuntimeError):
             model.to(dtype).load_state_dict({"atomic_volume": model.atomic_volume} | state)
         return model.eval()
+
+
+def portable(model: ContinuousCGCNN) -> ContinuousCGCNN:
+    """The same energy for other processes: torch pickles no spectral norms, so they are worked into the weights."""
+    if not model.config.spectral_norm and model.judge is model:
+        return model
+    judge, weights = None if model.judge is model else portable(model.judge), model.state_dict()
+    weights |= {f"fc_layers.{i}.weight": layer.weight for i, layer in enumerate(model.fc_layers)}
+    with torch.device("meta"):
+        plain = ContinuousCGCNN(replace(model.config, spectral_norm=False), model.sampling, judge)
+    plain.load_state_dict({name: weights[name] for name in plain.state_dict()}, assign=True)
+    return plain.eval().requires_grad_(False)
 
 
 def energy_and_gradient(

@@ -60,8 +60,7 @@ def search_range(crystals: Crystals, cutoff: Tensor) -> tuple[Tensor, Tensor]:
     """
     inverse = torch.linalg.inv(crystals.cell)
     reach = (cutoff[:, None] * inverse.norm(dim=1) + 0.5).floor()  # 1 / |column of L⁻¹| = distance of two faces
-    n_atoms = crystals.n_atoms
-    candidates = n_atoms * (n_atoms + 1) / 2 * (2 * reach.double() + 1).prod(dim=1)
+    candidates = crystals.n_atoms * (crystals.n_atoms + 1) / 2 * (2 * reach.double() + 1).prod(dim=1)
     if (candidates > MAX_CANDIDATES).any():
         worst = int(candidates.nan_to_num(0).argmax())
         raise ValueError(
@@ -104,10 +103,8 @@ def _search(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of candidates, image ``number`` of each atom pair, those within the cutoff."""
     system = crystals.system_idx[source]
-    span = 2 * reach[system] + 1
-    steps = torch.stack(
-        [number // (span[:, 1] * span[:, 2]), number // span[:, 2] % span[:, 1], number % span[:, 2]], 1
-    )
+    _, b, c = (2 * reach[system] + 1).unbind(dim=1)
+    steps = torch.stack([number // (b * c), number // c % b, number % c], dim=1)
     # counted from the nearest image in fractional coordinates, so that unwrapped atoms need no larger range
     offset = frac[target] - frac[source]
     image = (steps - reach[system] - offset.round().long()).int()

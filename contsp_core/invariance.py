@@ -56,7 +56,7 @@ class Path:
 
     def energies(self, function: Energy, deltas: Tensor) -> Tensor:
         """(n_points, n_systems) energies at ``deltas`` (n_points, n_systems or 1), Å."""
-        crystals = Crystals.cat([self.at(delta.expand(self.start.n_systems)) for delta in deltas])
+        crystals = Crystals.cat([self.at(delta.expand(len(self.start))) for delta in deltas])
         return function(crystals).view(len(deltas), -1)
 
 
@@ -94,7 +94,7 @@ def strain(crystals: Crystals, cutoff: Tensor, n_neighbors: int, rng: torch.Gene
 
 def breathe(crystals: Crystals, cutoff: Tensor, n_neighbors: int, rng: torch.Generator) -> Path:
     """The crystal swells from a third to twice its volume: (V/N)^{1/3} grows by δ."""
-    side = crystals.density.pow(-1 / 3)
+    side = cutoff_radius(crystals, 1.0)
     grid = torch.linspace(-0.3, 0.27, 25, dtype=torch.float64)[:, None] * side
     return replace(_deforming(crystals, torch.eye(3, dtype=torch.float64) / side[:, None, None]), grid=grid)
 
@@ -114,7 +114,7 @@ def swap_neighbors(crystals: Crystals, cutoff: Tensor, n_neighbors: int, rng: to
 
     Impossible where, for every atom, the two are images of one atom or the farther is an image of the atom itself.
     """
-    noise = 0.03 * crystals.to_atoms(crystals.density.pow(-1 / 3))[:, None] * crystals.random_atoms(rng)
+    noise = 0.03 * crystals.to_atoms(cutoff_radius(crystals, 1.0))[:, None] * crystals.random_atoms(rng)
     crystals = crystals.replace(positions=crystals.positions + noise)  # no ties left
     graph = nearest_neighbors(crystals, n_neighbors + 1)
     vectors = edge_vectors(crystals, graph).view(-1, n_neighbors + 1, 3)

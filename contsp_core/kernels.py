@@ -96,11 +96,10 @@ def run_parts(kernel: Callable[..., None], bounds: np.ndarray, arguments: Callab
 def build_edges(crystals: Crystals, cutoff: Tensor) -> EdgeList:
     """The graph of :func:`contsp_core.graph.build_graph`, with its errors, found by a compiled search on the CPU."""
     frac, reach = search_range(crystals, cutoff)
-    n_systems = crystals.n_systems
+    n_systems = len(crystals)
     first_atom = np.searchsorted(crystals.system_idx.numpy(), np.arange(n_systems + 1))
     first_edge = np.zeros(n_systems + 1, np.int64)
-    tensors = (crystals.cell, frac, crystals.positions, reach, cutoff)
-    geometry = (*(tensor.detach().numpy() for tensor in tensors), first_atom)
+    geometry = (*(x.detach().numpy() for x in (crystals.cell, frac, crystals.positions, reach, cutoff)), first_atom)
     n_parts = min(n_systems, torch.get_num_threads())
     systems = np.linspace(0, n_systems, n_parts + 1).astype(np.int64)
     empty = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, 3), np.int32))

@@ -80,7 +80,7 @@ def mala_step(
     proposal: Proposal = "cartesian",
     measure: Measure = "cartesian",
 ) -> ChainState:
-    """One Metropolis-adjusted Langevin step of every chain.
+    """One Metropolis-adjusted Langevin step of every chain; what is flat or not finite is rejected, and counted.
 
     Args:
         energy: maps a batch to (n_systems,) energies.
@@ -91,27 +91,15 @@ def mala_step(
         proposal: see the module's docstring.
         measure: the base measure of the target exp(−E / T): ``cartesian`` is dL dX (the paper's), ``invariant`` is
             |det L|⁻³ dL d(frac), which no choice of description changes.
-
-    Returns:
-        A new state. A proposal with a flat cell, or a non-finite energy or gradient, is rejected, and counted in
-        ``n_nonfinite``.
     """
-    old, move = state.crystals, draw_move(state, proposal, step, temperature, rng)
-    moved = apply_move(old, move, proposal)
-    sound = _is_sound(moved)
-    moved = _where(sound, moved, old)
-    new = mala_init(energy, moved)
-    back = reverse_move(old, moved, new.crystals, move, proposal)
-    forward = log_move_density(move, mean_move(state, proposal, step, temperature), step, old)
-    backward = log_move_density(back, mean_move(new, proposal, step, temperature), step, old)
+    move = draw_move(state, proposal, step, temperature, rng)
+    moved, new, sound = try_move(energy, state, move, proposal)
+    back = reverse_move(state.crystals, moved, new.crystals, move, proposal)
+    forward = log_move_density(move, mean_move(state, proposal, step, temperature), step, moved)
+    backward = log_move_density(back, mean_move(new, proposal, step, temperature), step, moved)
     log_ratio = (state.energy - new.energy) / temperature + backward - forward
-    log_ratio = log_ratio + log_measure_ratio(old, new.crystals, proposal, measure)
-    finite = sound & new.energy.isfinite() & (log_ratio.isfinite() | (log_ratio == torch.inf))
-    accepted = metropolis(log_ratio, rng) & finite
-    crystals, value = _where(accepted, new.crystals, old), torch.where(accepted, new.energy, state.energy)
-    grad_strain = torch.where(accepted[:, None, None], new.grad_strain, state.grad_strain)
-    grad_positions = torch.where(old.to_atoms(accepted)[:, None], new.grad_positions, state.grad_positions)
-    return ChainState(crystals, value, grad_strain, grad_positions, accepted, state.n_nonfinite + (~finite).long())
+    log_ratio = log_ratio + log_measure_ratio(state.crystals, new.crystals, proposal, measure)
+    return accept(state, new, log_ratio, sound, rng)
 
 
 def anneal(
@@ -183,6 +171,15 @@ def apply_move(crystals: Crystals, move: Move, proposal: Proposal) -> Crystals:
     return strained.replace(positions=strained.positions + move.positions)
 
 
+def try_move(energy: Energy, state: ChainState, move: Move, proposal: Proposal) -> tuple[Crystals, ChainState, Tensor]:
+    """The proposed crystals, a chain there, and (n_systems,) which are finite and not flat; the others do not move."""
+    moved = apply_move(state.crystals, move, proposal)
+    n_broken, volume = moved.sum_atoms((~moved.positions.isfinite()).any(dim=1).long()), moved.volume
+    sound = volume.isfinite() & (volume > MIN_ATOMIC_VOLUME * moved.n_atoms) & (n_broken == 0)
+    moved = _where(sound, moved, state.crystals)
+    return moved, mala_init(energy, moved), sound
+
+
 def log_move_density(move: Move, mean: Move, step: Tensor, crystals: Crystals) -> Tensor:
     """(n_systems,) log q(move) = −|move − mean|² / 4η, up to a constant that is the same for the reverse move."""
     cell = (move.cell - mean.cell).square().sum(dim=(1, 2)) / step[:, 0]
@@ -223,11 +220,14 @@ def metropolis(log_ratio: Tensor, rng: Rng) -> Tensor:
     return uniform.to(log_ratio.device).log() < log_ratio
 
 
-def _is_sound(crystals: Crystals) -> Tensor:
-    """(n_systems,) bool: finite numbers, and a cell that is not flat."""
-    n_broken = crystals.sum_atoms((~crystals.positions.isfinite()).any(dim=1).long())
-    volume = crystals.volume
-    return volume.isfinite() & (volume > MIN_ATOMIC_VOLUME * crystals.n_atoms) & (n_broken == 0)
+def accept(state: ChainState, new: ChainState, log_ratio: Tensor, sound: Tensor, rng: Rng) -> ChainState:
+    """``new`` with probability min(1, exp(log_ratio)) where all numbers are finite, elsewhere ``state``."""
+    finite = sound & new.energy.isfinite() & (log_ratio.isfinite() | (log_ratio == torch.inf))
+    accepted = metropolis(log_ratio, rng) & finite
+    crystals, value = _where(accepted, new.crystals, state.crystals), torch.where(accepted, new.energy, state.energy)
+    grad_strain = torch.where(accepted[:, None, None], new.grad_strain, state.grad_strain)
+    grad_positions = torch.where(new.crystals.to_atoms(accepted)[:, None], new.grad_positions, state.grad_positions)
+    return ChainState(crystals, value, grad_strain, grad_positions, accepted, state.n_nonfinite + (~finite).long())
 
 
 def _where(chosen: Tensor, new: Crystals, old: Crystals) -> Crystals:

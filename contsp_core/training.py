@@ -126,9 +126,8 @@ def contrastive_divergence_step(
     gap = real.mean() - sampled.mean()
     penalty = config.energy_penalty * (real.square().mean() + sampled.square().mean())
     (gap + penalty).backward()  # the optimiser's update follows in train_step
-    means = {"loss": gap + penalty, "energy_real": real.mean(), "energy_sample": sampled.mean()}
-    means |= {"gap": gap, "penalty": penalty}
-    return {name: value.item() for name, value in means.items()} | row
+    names = "loss", "energy_real", "energy_sample", "gap", "penalty"
+    return {n: v.item() for n, v in zip(names, (gap + penalty, real.mean(), sampled.mean(), gap, penalty))} | row
 
 
 def _sample(
@@ -224,12 +223,12 @@ class TrainState:
 
 
 def train_step(
-    state: TrainState, crystals: Crystals, config: TrainConfig, progress: float, found: Crystals | None = None
+    state: TrainState, crystals: Crystals, config: TrainConfig, progress: float, found: Sequence[Crystals] = ()
 ) -> Row:
     """One update on one batch, shared by all processes; returns the row of the log.
 
     The state changes in place, unless loss or gradient is not sound. ``crystals`` are all training crystals, and
-    ``found`` what chains found for each, on the CPU; ``progress``, 0 … 1, sets the learning rate.
+    ``found`` wrong structures for each, taken in turn, all on the CPU; ``progress``, 0 … 1, sets the learning rate.
     """
     model, key = state.model, (config.seed, state.update, state.n_retries)
     chosen = _batch(len(crystals), config, state.update)
@@ -244,8 +243,8 @@ def train_step(
         sigma = random_noise_levels(model, len(chosen), keyed_rng("sigma", *key))
         sigma = sigma[places].to(batch.cell.device)
         row = score_matching_step(model, batch, sigma, rng)
-        if found is not None:
-            wrong = found[chosen[places]].to(sigma.device)
+        if found:
+            wrong = found[state.update % len(found)][chosen[places]].to(sigma.device)
             row |= contrast_step(model, batch, wrong, sigma, rng, config.contrast_weight)
     else:
         row = contrastive_divergence_step(model, batch, config, rng, state.buffer, state.update)
@@ -312,7 +311,7 @@ class Job:
     config: TrainConfig
     n_structures: int | None = None  # use only so many training crystals, chosen by the seed
     initial: str | Path | None = None  # checkpoint to start from; ``energy`` is then not used
-    negatives: str | Path | None = None  # .npz of what chains found for these crystals (notebooks/negatives.py)
+    negatives: Sequence[str | Path] = ()  # .npz of wrong structures for these crystals (notebooks/negatives.py)
     device: str = "cpu"
     resume: bool = False  # go on from ….state, if there is one
     overwrite: bool = False  # begin anew in the place of an earlier run
@@ -382,19 +381,19 @@ def run(job: Job, on_row: Callable[[Row], None] | None = None) -> TrainState:
     return state
 
 
-def _begin(job: Job) -> tuple[TrainState, Crystals, Crystals | None]:
-    """A fresh state, the training crystals, and what chains found for them."""
-    split, found = load_split(job.dataset, "train"), None
+def _begin(job: Job) -> tuple[TrainState, Crystals, list[Crystals]]:
+    """A fresh state, the training crystals, and wrong structures for them, file by file."""
+    split, found = load_split(job.dataset, "train"), []
     rows = choose(range(len(split)), job.n_structures, job.config.seed)
     crystals = split.crystals.to(torch.float32)[rows]
-    if job.negatives is not None:
-        with retold(f"negatives {str(job.negatives)!r} cannot be read", OSError):
-            other = Split.load(job.negatives, job.dataset, "train")
+    for path in job.negatives:
+        with retold(f"negatives {str(path)!r} cannot be read", OSError):
+            other = Split.load(path, job.dataset, "train")
         if job.config.objective != "score_matching":
             raise ValueError(f"negatives are for score_matching, not for {job.config.objective}")
         if not torch.equal(other.crystals.element_counts, split.crystals.element_counts):
-            raise ValueError(f"negatives {str(job.negatives)!r} are not for the crystals of {split.source.path}")
-        found = other.crystals.to(torch.float32)[rows]
+            raise ValueError(f"negatives {str(path)!r} are not for the crystals of {split.source.path}")
+        found.append(other.crystals.to(torch.float32)[rows])
     sampling = job.config.chain if job.energy.noise_max is None else None
     given = load_model(job.initial) if job.initial else None
     model = initial_model(crystals, given.config if given else job.energy, job.config.seed, sampling)
@@ -405,7 +404,8 @@ def _begin(job: Job) -> tuple[TrainState, Crystals, Crystals | None]:
         raise ValueError("noise_max of the energy is None, but score_matching needs an energy with noise levels")
     data = {"path": Path(split.source.path).name, "blob_id": split.source.blob_id}
     origin = {"dataset": job.dataset, "data": data, "n_structures": len(crystals)}
-    origin |= {name: (path := getattr(job, name)) and Path(path).name for name in ("initial", "negatives")}
+    origin |= {"initial": job.initial and Path(job.initial).name}
+    origin |= {"negatives": [Path(path).name for path in job.negatives] or None}
     return TrainState(model.to(job.device), job.config, origin), crystals, found
 
 
@@ -534,7 +534,8 @@ def _parse_arguments(arguments: Sequence[str]) -> Job:
     parser.add_argument("--output", type=Path, help="checkpoint to write (default runs/<dataset>.safetensors)")
     parser.add_argument("--objective", default=TrainConfig.objective, choices=OBJECTIVES)
     parser.add_argument("--initial", help="checkpoint to start from instead of random weights")
-    parser.add_argument("--negatives", help="what chains found for the training crystals, to be told apart from them")
+    parser.add_argument("--negatives", nargs="+", default=(), help="wrong structures, to be told from the crystals")
+    parser.add_argument("--contrast-weight", type=float, help="of that, beside score matching")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; the learning rate follows")
     parser.add_argument("--n-updates", type=int, help="updates, instead of the preset's")
     parser.add_argument("--batch-size", type=int, help="crystals of an update, instead of the preset's")

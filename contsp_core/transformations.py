@@ -71,7 +71,7 @@ def shift_images(crystals: Crystals, rng: torch.Generator) -> Crystals:
 
 def change_basis(crystals: Crystals, rng: torch.Generator) -> Crystals:
     """Describe every lattice by another basis: L′ = M L with M integer and det M = ±1; positions stay."""
-    matrices = random_unimodular(crystals.n_systems, rng)
+    matrices = random_unimodular(len(crystals), rng)
     return crystals.replace(cell=matrices.to(crystals.cell) @ crystals.cell)
 
 

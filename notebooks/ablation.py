@@ -60,7 +60,7 @@ def validation_loss(model: ContinuousCGCNN, crystals: Crystals) -> dict[str, flo
     found: dict[str, float] = {}
     for sigma in SIGMAS:
         parts = [
-            denoising_residual(model, batch, torch.full((batch.n_systems,), sigma), keyed_rng("ablation", sigma, first))
+            denoising_residual(model, batch, torch.full((len(batch),), sigma), keyed_rng("ablation", sigma, first))
             for first in range(0, len(crystals), 100)
             for batch in [crystals[torch.arange(first, min(first + 100, len(crystals)))]]
         ]

@@ -1,6 +1,7 @@
 """Take a trained checkpoint into ``data/checkpoints``, with its losses on validation crystals, its log and its card.
 
-``python notebooks/bundle.py runs/perov5.safetensors``; the log is thinned to at most 450 rows.
+``python notebooks/bundle.py runs/perov5.safetensors``; the log is thinned to at most 450 rows. With ``--judge NAME``
+its crystals are ranked by another bundled checkpoint.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from contsp_core.data import CHECKPOINTS, choose, load_split
 MADE_ANEW = ("energy", "sampling")  # by saving
 
 
-def bundle(trained: Path, folder: Path = CHECKPOINTS) -> Path:
+def bundle(trained: Path, folder: Path = CHECKPOINTS, judge: str | None = None) -> Path:
     """The bundled checkpoint; ``.csv`` and ``.md`` lie beside it."""
     model, header = load_model(trained), read_settings(trained)
     settings = {name: value for name, value in header.items() if name not in MADE_ANEW}
+    settings |= {"judge": judge} if judge else {}
     if model.noise_features is not None:
         crystals = load_split(header["dataset"], "val").crystals.to(torch.float32)
         crystals = crystals[choose(range(len(crystals)), N_VALIDATION)]
@@ -39,5 +41,7 @@ def bundle(trained: Path, folder: Path = CHECKPOINTS) -> Path:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("trained", type=Path, nargs="+")
-    for path in parser.parse_args(sys.argv[1:]).trained:
-        print(bundle(path))
+    parser.add_argument("--judge", help="bundled checkpoint that ranks the crystals (default: each does so itself)")
+    options = parser.parse_args(sys.argv[1:])
+    for path in options.trained:
+        print(bundle(path, judge=options.judge))

@@ -57,10 +57,7 @@ def public_step(
     it was before its cell was reduced.
     """
     move = mala.draw_move(state, "cartesian", step, temperature, rng)
-    moved = mala.apply_move(state.crystals, move, "cartesian")
-    sound = mala._is_sound(moved)
-    moved = mala._where(sound, moved, state.crystals)
-    new = mala.mala_init(energy, moved)
+    moved, new, sound = mala.try_move(energy, state, move, "cartesian")
 
     def log_density(move: Move, at: ChainState) -> Tensor:
         drift = mala.mean_move(at, "cartesian", step, temperature)
@@ -68,16 +65,7 @@ def public_step(
 
     backward = log_density(Move(-move.cell, -move.positions), replace(new, crystals=moved))
     log_ratio = (state.energy - new.energy) / temperature + backward - log_density(move, state)
-    accepted = mala.metropolis(log_ratio, rng) & sound & new.energy.isfinite()
-    atoms = moved.to_atoms(accepted)[:, None]
-    return ChainState(
-        mala._where(accepted, new.crystals, state.crystals),
-        torch.where(accepted, new.energy, state.energy),
-        torch.where(accepted[:, None, None], new.grad_strain, state.grad_strain),
-        torch.where(atoms, new.grad_positions, state.grad_positions),
-        accepted,
-        state.n_nonfinite + (~sound).long(),
-    )
+    return mala.accept(state, new, log_ratio, sound, rng)
 
 
 def start_of(chains: Chains, like: ContinuousCGCNN, species: Sequence[Sequence[int]], places: Sequence[int], rng):

@@ -40,8 +40,8 @@ def displacement_scan(
         ValueError: on more than one crystal, a crystal of one atom, an atom that does not exist, or a size ≤ 0.
     """
     n_atoms = len(crystal.positions)
-    if crystal.n_systems != 1 or n_atoms < 2:
-        raise ValueError(f"crystal is {crystal.n_systems} crystals of {n_atoms} atoms, expected 1 of at least 2")
+    if len(crystal) != 1 or n_atoms < 2:
+        raise ValueError(f"crystal is {len(crystal)} crystals of {n_atoms} atoms, expected 1 of at least 2")
     if not 0 <= atom < n_atoms:
         raise ValueError(f"atom is {atom}, expected 0 … {n_atoms - 1}")
     if n_draws < 1 or not sigma > 0:

@@ -33,9 +33,9 @@ BINS = np.array([0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
 
 def rank_all(model: ContinuousCGCNN, references: list[Structure], samples: list[list[Structure]]) -> pd.DataFrame:
     """A row a crystal found: ``formula`` (its number), ``share`` of the chains, energies, whether it is right."""
-    rows, known = [], dict(zip(REFERENCE_NAMES, at_levels(model, references)))
+    rows, known = [], dict(zip(REFERENCE_NAMES, at_levels(model.judge, references)))
     for number, (reference, drawn) in enumerate(zip(references, samples, strict=True)):
-        settled = with_energies(model, descend(model, [s for s in drawn if s is not None], N_DESCENT))
+        settled = with_energies(model.judge, descend(model, [s for s in drawn if s is not None], N_DESCENT))
         groups = rank_distinct(settled, n_jobs=1) if settled else []
         if not groups:  # a formula without an answer
             rows.append(
@@ -44,7 +44,7 @@ def rank_all(model: ContinuousCGCNN, references: list[Structure], samples: list[
             continue
         best = [group[0] for group in groups]
         scores = run_with_time_limit(score_pair, [(s, reference) for s in best], 1, progress=False)
-        levels = dict(zip(LEVEL_NAMES, at_levels(model, best)))
+        levels = dict(zip(LEVEL_NAMES, at_levels(model.judge, best)))
         for place, (group, score) in enumerate(zip(groups, scores, strict=True)):
             right = score is not None and score.strict
             row = {"formula": number, "share": len(group) / len(settled), "energy": group[0].properties["energy"]}

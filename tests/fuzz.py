@@ -172,7 +172,7 @@ def seeds(name: str, folder: Path) -> list[bytes]:
         return [f",material_id,energy,cif,formula\n{rows}".encode(), f'material_id,cif\r\na,"{text}"\r\n'.encode()]
     if name == "split":
         crystals = Crystals.from_structures([salt, metal]).to(torch.float64)
-        columns = {"energy": crystals.density.numpy(), "formula": crystals.density.numpy().astype(str)}
+        columns = {"energy": crystals.volume.numpy(), "formula": crystals.volume.numpy().astype(str)}
         source = Source("train.csv", "0" * 40, False)
         split = Split("prototypes", "train", ["a", "b"], crystals, source, columns, (("row 3", "no crystal"),))
         split.save(folder / "seed.npz")

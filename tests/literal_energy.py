@@ -57,7 +57,7 @@ class LiteralEnergy:
 
     def read_out(self, crystals: Crystals, nodes: Tensor) -> Tensor:
         """Mean over the atoms, spectrally normalised layers with softplus, and a linear layer to a scalar."""
-        summed = nodes.new_zeros(crystals.n_systems, nodes.shape[1])
+        summed = nodes.new_zeros(len(crystals), nodes.shape[1])
         features = summed.index_put((crystals.system_idx,), nodes, accumulate=True) / crystals.n_atoms[:, None]
         for layer in range(self.config.n_fc - 1):
             features = softplus(features @ self.normalised(layer).T + self.weights[f"fc_layers.{layer}.bias"])
@@ -73,7 +73,10 @@ class LiteralEnergy:
 
     def density_term(self, crystals: Crystals) -> Tensor:
         """λ_ρ ln²(ρ/ρ₀)."""
-        return self.config.density_weight * torch.log(crystals.density / self.config.reference_density) ** 2
+        return (
+            self.config.density_weight
+            * torch.log(crystals.n_atoms / crystals.volume / self.config.reference_density) ** 2
+        )
 
     def linear(self, name: str, inputs: Tensor) -> Tensor:
         """W x + b of a named layer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -46,9 +47,9 @@ def cesium_chloride(first=NA, second=CL, a=3.5, shift=0.0):
 
 
 def with_energy(structure, energy):
-    copy = structure.copy()
-    copy.properties["energy"] = energy
-    return copy
+    labelled = structure.copy()
+    labelled.properties["energy"] = energy
+    return labelled
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,18 @@ def test_a_candidate_depends_on_the_seed_its_formula_and_its_number_only(source,
     assert source == "templates" or alone[0] != other_seed[0]
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_judge_ranks_and_moves_nothing(source, model, library):
+    judged, judge = copy.deepcopy(model), load_model("perov5")
+    vars(judged)["judge"] = judge
+    options = {"species": [[TI, OXYGEN, OXYGEN]], "n_samples": 2, "seed": 5, "n_steps": 3, "library": library}
+    own, other = (make_candidates(source, model=each, **options)[0] for each in (model, judged))
+    crystals = Crystals.from_structures(other)
+    assert torch.equal(crystals.positions, Crystals.from_structures(own).positions)
+    assert [s.properties["energy"] for s in other] == pytest.approx(judge(crystals).tolist(), rel=1e-4)
+    assert [s.properties["energy"] for s in own] == pytest.approx(model(crystals).tolist(), rel=1e-4)
+
+
 def test_the_start_is_that_of_the_chains(model):
     """Chains run by hand from these structures, with what is left of the same generators, end where samples end."""
     found = make_candidates("start", [[NA, CL]], 3, 4, model=model)[0]
@@ -119,7 +132,7 @@ def test_a_descended_start_spends_the_gradients_of_a_chain(model, monkeypatch):
 
 
 def _zero_gradient(crystals):
-    return torch.zeros(crystals.n_systems), torch.zeros_like(crystals.cell), torch.zeros_like(crystals.positions)
+    return torch.zeros(len(crystals)), torch.zeros_like(crystals.cell), torch.zeros_like(crystals.positions)
 
 
 def test_too_few_templates_leave_gaps(library):
@@ -156,7 +169,7 @@ def test_substitution_gives_the_target_in_the_structure_of_the_template():
 def test_a_training_crystal_of_the_same_composition_is_returned_unchanged_and_first():
     known = perovskite(BA, TI, OXYGEN, 4.03)
     training = [perovskite(SR, ZR, OXYGEN), perovskite(SR, TI, OXYGEN, 3.9), known]
-    assert TemplateLibrary(training).substitute(BATIO3[::-1], n=1) == [known]
+    assert TemplateLibrary(training).substitute(BATIO3[::-1], n=1) == [known.copy(properties={"template": 2})]
 
 
 def test_all_assignments_of_elements_are_candidates_and_the_likely_one_is_first():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import random
@@ -27,7 +28,7 @@ from contsp_core.checkpoints import (
 )
 from contsp_core.data import choose, find_checkpoint, load_split
 from contsp_core.diffusion import DiffusionConfig, denoising_residual
-from contsp_core.energy import ContinuousCGCNN
+from contsp_core.energy import ContinuousCGCNN, portable
 from contsp_core.mala import AnnealConfig
 
 SETTINGS = {"dataset": "prototypes", "training": {"seed": 3, "clip_norm": None}, "scores": [0.5, 1e-3]}
@@ -63,6 +64,23 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, config, dtype):
 def test_a_model_remembers_how_it_is_sampled(tmp_path, config, sampling):
     path = save_checkpoint(tmp_path / "model.safetensors", ContinuousCGCNN(config, sampling), {})
     assert load_model(path).sampling == sampling
+
+
+def test_another_energy_may_be_the_judge(tmp_path, saved):
+    """It ranks, wherever the model goes, and its weights are not taken for the model's."""
+    assert (own := load_model(saved)).judge is own
+    model, other = small_model(NOISY, torch.float32), load_model(saved)
+    path = save_checkpoint(tmp_path / "judged.safetensors", model, {"judge": str(saved)})
+    crystals = random_batch(dtype=torch.float32)
+    sent = pickle.loads(pickle.dumps(portable(load_model(path))))
+    for loaded in (load_model(path), sent, copy.deepcopy(load_model(path))):
+        assert torch.equal(loaded(crystals), model(crystals))
+        assert torch.equal(loaded.judge(crystals), other(crystals))
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+        assert len([*loaded.parameters()]) == len([*model.parameters()])
+    saved.unlink()
+    with pytest.raises(ValueError, match=r"checkpoint is '.*model\.safetensors', expected a \.safetensors file"):
+        load_model(path)
 
 
 def test_a_bundled_checkpoint_is_found_by_its_name(tmp_path, monkeypatch, saved):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 from joblib import parallel_config
 from joblib.parallel import get_active_backend
 
-from contsp_core.checkpoints import save_checkpoint
+from contsp_core import Crystals
+from contsp_core.checkpoints import load_model, save_checkpoint
 from contsp_core.csp import evaluation
 from contsp_core.csp.evaluation import EvaluationConfig, evaluate_checkpoint, fill_folder
 from contsp_core.csp.metrics import run_with_time_limit, spread
@@ -34,11 +36,23 @@ run_with_time_limit(nap, [(float(sys.argv[1]),)] * 500, 2, 3.0, progress=False)
 """
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def saved(path, config, settings):
     training = load_split("prototypes", "train").crystals.to(torch.float32)
-    model = initial_model(training, TINY, seed=0).eval().requires_grad_(False)
-    return save_checkpoint(tmp_path_factory.mktemp("model") / "tiny.safetensors", model, {"dataset": "prototypes"})
+    model = initial_model(training, config, seed=0).eval().requires_grad_(False)
+    return save_checkpoint(path, model, {"dataset": "prototypes"} | settings)
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory):
+    """The paper's energy, with spectral norms, which torch sends to no other process as they are."""
+    folder = tmp_path_factory.mktemp("paper")
+    return saved(folder / "paper.safetensors", replace(TINY, noise_min=None, noise_max=None, spectral_norm=True), {})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, paper):
+    """An energy with noise levels, ranked by the paper's."""
+    return saved(tmp_path_factory.mktemp("model") / "tiny.safetensors", TINY, {"judge": str(paper)})
 
 
 def evaluate(checkpoint, folder, n_jobs=2, **options):
@@ -122,6 +136,20 @@ def test_a_gpu_is_used_by_one_process(tmp_path):
 def test_two_processes_write_the_bytes_of_one(checkpoint, serial, tmp_path):
     evaluate(checkpoint, tmp_path)
     assert contents(tmp_path) == contents(serial[0])
+
+
+def test_so_they_do_with_an_energy_that_has_spectral_norms(paper, tmp_path):
+    for n_jobs in (1, 2):
+        evaluate(paper, tmp_path / str(n_jobs), n_jobs, n_structures=4, n_steps=5)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_the_judge_ranks_samples_and_references(paper, serial):
+    judge, result = load_model(paper), serial[1]
+    made = [(s.properties["energy"], s) for samples in result.predictions for s in samples if s is not None]
+    for energies, structures in (zip(*made), (result.table["reference_energy"], result.references.structures)):
+        expected = judge(Crystals.from_structures(structures)).tolist()
+        assert list(energies) == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("n_jobs", [1, 2])

@@ -107,7 +107,7 @@ def test_edge_counts_are_the_published_ones(case):
     crystals, expected = golden_crystals(case), torch.as_tensor(GOLDEN[case]["n_directed_edges"])
     for scale, compare in ((1 - 1e-9, torch.le), (1 + 1e-9, torch.ge)):
         graph = build_graph(crystals, scale * cutoff_radius(crystals)).directed()
-        counts = torch.bincount(crystals.system_idx[graph.source], minlength=crystals.n_systems)
+        counts = torch.bincount(crystals.system_idx[graph.source], minlength=len(crystals))
         assert compare(counts, expected).all()
 
 
@@ -155,8 +155,8 @@ def test_second_derivatives_of_the_plain_path_are_finite_differences(config):
 @pytest.mark.parametrize("config", [SMALL, NOISY, RESIDUAL], ids=["one level", "noise levels", "residual"])
 def test_both_paths_agree_in_value_and_in_every_gradient(config):
     model, crystals = small_model(config), random_batch()
-    arguments = () if config is SMALL else (torch.logspace(-1.5, 0.2, crystals.n_systems, dtype=torch.float64),)
-    weights = torch.linspace(-1, 2, crystals.n_systems, dtype=torch.float64)
+    arguments = () if config is SMALL else (torch.logspace(-1.5, 0.2, len(crystals), dtype=torch.float64),)
+    weights = torch.linspace(-1, 2, len(crystals), dtype=torch.float64)
     results = {}
     for path, fused in PATHS.items():
         model.use_kernels = fused

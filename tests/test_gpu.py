@@ -67,8 +67,8 @@ def test_chains_draw_the_same_numbers_and_take_the_same_decisions(proposal: str)
     crystals = random_batch()
     here, there = on_both(small_model(SMALL).eval())
     config = AnnealConfig(20, step_first=0.01, proposal=proposal)
-    ours = anneal(there, crystals.to(DEVICE), config, generators(crystals.n_systems))
-    expected = anneal(here, crystals, config, generators(crystals.n_systems))
+    ours = anneal(there, crystals.to(DEVICE), config, generators(len(crystals)))
+    expected = anneal(here, crystals, config, generators(len(crystals)))
     torch.testing.assert_close(ours.energy.cpu(), expected.energy, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(ours.crystals.positions.cpu(), expected.crystals.positions, rtol=1e-6, atol=1e-6)
 
@@ -77,8 +77,8 @@ def test_noise_levels():
     crystals = random_batch()
     here, there = on_both(small_model(NOISY).eval())
     config = DiffusionConfig(12, 4)
-    ours = reverse_diffusion(there, crystals.to(DEVICE), config, generators(crystals.n_systems))
-    expected = reverse_diffusion(here, crystals, config, generators(crystals.n_systems))
+    ours = reverse_diffusion(there, crystals.to(DEVICE), config, generators(len(crystals)))
+    expected = reverse_diffusion(here, crystals, config, generators(len(crystals)))
     torch.testing.assert_close(ours.positions.cpu(), expected.positions, rtol=1e-6, atol=1e-6)
 
 
@@ -86,7 +86,7 @@ def test_score_matching_gradient():
     crystals, sigma = random_batch(), torch.full((random_batch().n_systems,), 0.3, dtype=torch.float64)
     rows, gradients = [], []
     for model, device in zip(on_both(small_model(replace(NOISY, form="residual"))), ("cpu", DEVICE)):
-        rng = generators(crystals.n_systems)
+        rng = generators(len(crystals))
         rows.append(score_matching_step(model, crystals.to(device), sigma.to(device), rng))
         gradients.append(torch.cat([parameter.grad.flatten().cpu() for parameter in model.parameters()]))
     assert rows[1] == pytest.approx(rows[0], rel=1e-7)

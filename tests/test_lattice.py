@@ -396,7 +396,7 @@ def test_broken_cells_keep_their_skew() -> None:
 
 def _strain(crystals: Crystals, seed: int, scale: float = 0.3) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    strain = scale * torch.randn(crystals.n_systems, 3, 3, generator=generator, dtype=torch.float64)
+    strain = scale * torch.randn(len(crystals), 3, 3, generator=generator, dtype=torch.float64)
     return (strain + strain.mT) / 2
 
 

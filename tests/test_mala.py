@@ -50,7 +50,7 @@ def harmonic(sites: Tensor) -> Callable[[Crystals], Tensor]:
     """k/2 Σ |x_i − s_i|², to the nearest image: a harmonic crystal about ``sites`` (n_atoms, 3)."""
 
     def energy(crystals: Crystals) -> Tensor:
-        offset = crystals.positions - sites.repeat(crystals.n_systems, 1)
+        offset = crystals.positions - sites.repeat(len(crystals), 1)
         inverse = torch.linalg.inv(crystals.cell.detach())[crystals.system_idx]
         images = torch.einsum("ni,nij->nj", offset.detach(), inverse).round()
         offset = offset - torch.einsum("ni,nij->nj", images, crystals.cell[crystals.system_idx])
@@ -69,8 +69,8 @@ def confined(crystals: Crystals) -> Tensor:
 
 def run(energy, crystals: Crystals, n_steps: int, cell_step: float, atom_step: float, temperature=1.0, **options):
     """A chain at constant step sizes and temperature (a number, or one per system)."""
-    steps = torch.tensor([cell_step, atom_step], dtype=torch.float64).repeat(crystals.n_systems, 1)
-    temperature = torch.as_tensor(temperature, dtype=torch.float64).expand(crystals.n_systems)
+    steps = torch.tensor([cell_step, atom_step], dtype=torch.float64).repeat(len(crystals), 1)
+    temperature = torch.as_tensor(temperature, dtype=torch.float64).expand(len(crystals))
     rng = generator(1)
     state, n_accepted = mala_init(energy, crystals), 0.0
     for _ in range(n_steps):
@@ -277,7 +277,7 @@ def energy_of(cell: np.ndarray, positions: np.ndarray) -> float:
 
 def energy_in_torch(crystals: Crystals) -> Tensor:
     """The same for a batch of crystals with equally many atoms."""
-    positions = crystals.positions.view(crystals.n_systems, -1, 3)
+    positions = crystals.positions.view(len(crystals), -1, 3)
     pairs = positions[:, :, None] - positions[:, None]
     vectors = pairs[:, :, :, None] + (torch.as_tensor(BOX) @ crystals.cell)[:, None, None]
     return 2 * (crystals.volume / 30).log() ** 2 + torch.exp(-vectors.square().sum(dim=-1) / 2).sum(dim=(1, 2, 3))
@@ -473,8 +473,8 @@ def coupled_draw(rotation: Tensor, order: Tensor) -> Callable[..., Move]:
 
 def path(crystals: Crystals, proposal: str, measure: str, n_steps: int = 40) -> list:
     model, rng = small_model(), generator(9)
-    step = torch.tensor([2e-3, 2e-2], dtype=torch.float64).repeat(crystals.n_systems, 1)
-    temperature = torch.linspace(0.05, 0.5, crystals.n_systems, dtype=torch.float64)
+    step = torch.tensor([2e-3, 2e-2], dtype=torch.float64).repeat(len(crystals), 1)
+    temperature = torch.linspace(0.05, 0.5, len(crystals), dtype=torch.float64)
     states = [mala_init(model, crystals)]
     for _ in range(n_steps):
         states.append(mala_step(model, states[-1], step, temperature, rng, proposal, measure))

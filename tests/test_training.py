@@ -436,10 +436,10 @@ def negatives(path: Path, reverse: bool = False) -> Path:
 def test_a_run_tells_data_from_negatives(tmp_path):
     """The pairs are those of the chosen crystals, and a stopped run goes on with the same ones."""
     found = negatives(tmp_path / "found.npz")
-    whole = tiny_job(tmp_path / "whole.safetensors", contrast_weight=2.0, negatives=found)
+    whole = tiny_job(tmp_path / "whole.safetensors", contrast_weight=2.0, negatives=[found, found])
     run(whole)
     assert all(0 < float(row["contrast"]) < 50 and 0 <= float(row["told_apart"]) <= 1 for row in log_of(whole))
-    assert read_settings(whole.output)["negatives"] == "found.npz"
+    assert read_settings(whole.output)["negatives"] == ["found.npz", "found.npz"]
     part = replace(whole, output=tmp_path / "part.safetensors")
     run(part, lambda row: os.kill(os.getpid(), signal.SIGINT) if row["update"] == 2 else None)
     run(replace(part, resume=True))
@@ -450,14 +450,14 @@ def test_a_run_tells_data_from_negatives(tmp_path):
 
 
 def test_negatives_of_other_crystals_or_for_another_objective_are_refused(tmp_path):
-    job = tiny_job(tmp_path / "tiny.safetensors", negatives=negatives(tmp_path / "other.npz", reverse=True))
+    job = tiny_job(tmp_path / "tiny.safetensors", negatives=[negatives(tmp_path / "other.npz", reverse=True)])
     with pytest.raises(ValueError, match=r"negatives .*other\.npz' are not for the crystals of .*train\.csv"):
         run(job)
-    paper = tiny_job(job.output, "contrastive_divergence", negatives=negatives(tmp_path / "found.npz"))
+    paper = tiny_job(job.output, "contrastive_divergence", negatives=[negatives(tmp_path / "found.npz")])
     with pytest.raises(ValueError, match="negatives are for score_matching, not for contrastive_divergence"):
         run(paper)
     with pytest.raises(ValueError, match=r"negatives '.*none\.npz' cannot be read: FileNotFoundError"):
-        run(replace(job, negatives=tmp_path / "none.npz"))
+        run(replace(job, negatives=[tmp_path / "none.npz"]))
     assert not job.output.exists()
 
 

@@ -52,13 +52,12 @@ from contsp_core.csp.candidates import (
 from contsp_core.csp.figures import draw_crystals
 from contsp_core.csp.metrics import run_with_time_limit
 from contsp_core.data import find_checkpoint, one_line, parse_formula, retold
+from contsp_core.energy import ContinuousCGCNN, portable
 from contsp_core.sampler import sample_structures
 
 if TYPE_CHECKING:
     from ase.calculators.calculator import BaseCalculator
     from matplotlib.figure import Figure
-
-    from contsp_core.energy import ContinuousCGCNN
 
 MAX_ATOMS = 200  # of a cell
 PARTS = 2  # of a round for each process: a progress bar can move
@@ -233,7 +232,7 @@ def predict(
         for found in make_candidates("templates_relaxed", species, config.n_samples, config.seed, **options):
             made += _settle(model, [structure for structure in found if structure is not None], "templates")
     if config.source != "templates":
-        work, n_jobs = delayed(partial(_run, model, species, config)), effective_n_jobs(config.n_jobs)
+        work, n_jobs = delayed(partial(_run, portable(model), species, config)), effective_n_jobs(config.n_jobs)
         round_ = config.n_samples if config.minutes is None and stop is None else ROUND
         for first in range(0, config.n_samples, round_):
             spent = (time.monotonic() - started) / 60  # another round may end too late
@@ -289,7 +288,7 @@ def _run(
 
 def _settle(model: ContinuousCGCNN, structures: list[Structure], source: str) -> list[Structure]:
     """At the bottom of their wells, with energy and source."""
-    settled = with_energies(model, descend(model, structures, N_DESCENT)) if structures else []
+    settled = with_energies(model.judge, descend(model, structures, N_DESCENT)) if structures else []
     for structure in settled:
         structure.properties["source"] = source
     return settled
@@ -360,7 +359,7 @@ def provenance(checkpoint: str | Path, config: PredictConfig, prediction: Predic
     made: dict[str, Any] = {"formula": prediction.formula, "checkpoint": path.stem, "checkpoint_sha256": digest}
     made |= {"trained_on": trained_on, "settings": asdict(config), "n_candidates": prediction.n_made}
     versions = {name: version(name) for name in ("contsp_core", "torch", "pymatgen", "spglib", "numpy")}
-    return made | {"doubts": prediction.doubts, "versions": versions}
+    return made | {"judge": header.get("judge"), "doubts": prediction.doubts, "versions": versions}
 
 
 def write_prediction(prediction: Prediction, folder: Path, origin: dict[str, Any], overwrite: bool = False) -> Path:

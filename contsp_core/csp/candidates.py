@@ -79,11 +79,11 @@ def make_candidates(
     """
     _check_source(source, n_samples, model, library)
     energy, templates = cast(ContinuousCGCNN, model), cast(TemplateLibrary, library)  # there, where the source needs it
-    if source == "chains":
-        return sample_structures(energy, species, n_samples, n_steps, seed, batch_atoms=batch_atoms)
     species = [tuple(sorted(numbers)) for numbers in species]
     rngs = [[keyed_rng(seed, numbers, n) for n in range(n_samples)] for numbers in species]  # as of the chains
-    if source.startswith("start"):
+    if source == "chains":
+        found = sample_structures(energy, species, n_samples, n_steps, seed, batch_atoms=batch_atoms)
+    elif source.startswith("start"):
         places = range(n_samples)
         starts = [start_crystals(energy, [numbers] * n_samples, rng, places) for numbers, rng in zip(species, rngs)]
         found = [crystals.to_structures() for crystals in starts]
@@ -95,7 +95,7 @@ def make_candidates(
     elif source.endswith("_relaxed"):
         rng = [own for part, all_own in zip(found, rngs) for own in all_own[: len(part)]]
         flat = relax(energy, flat, rng, n_steps or N_STEPS[source])
-    rest = iter(flat if model is None else with_energies(model, flat))
+    rest = iter(flat if model is None else with_energies(model.judge, flat))
     return [[next(rest) for _ in part] + [None] * (n_samples - len(part)) for part in found]
 
 
@@ -168,11 +168,11 @@ class TemplateLibrary:
         template = self.structures[index]
         numbers: list[Any] = [exchange[number] for number in template.atomic_numbers]
         ratio = self.atomic_volumes[numbers].sum() / self.atomic_volumes[list(template.atomic_numbers)].sum()
-        structure = Structure(template.lattice.scale(template.volume * ratio), numbers, template.frac_coords)
+        lattice, made_from = template.lattice.scale(template.volume * ratio), {"template": index}
+        structure = Structure(lattice, numbers, template.frac_coords, properties=made_from)
         if multiple > 1:
-            repeats = [1, 1, 1]
-            repeats[int(np.argmin(structure.lattice.abc))] = multiple
-            structure.make_supercell(repeats)
+            shortest = np.argmin(structure.lattice.abc)
+            structure.make_supercell([multiple if axis == shortest else 1 for axis in range(3)])
         return structure
 
 

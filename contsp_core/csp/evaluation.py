@@ -30,13 +30,13 @@ from contsp_core.csp.candidates import N_STEPS, SOURCES, TemplateLibrary, make_c
 from contsp_core.csp.metrics import LISTS, check_limits, evaluate_csp, run_with_time_limit, spread
 from contsp_core.data import choose, find_checkpoint, load_split, parse_cifs, retold, write_whole
 from contsp_core.diffusion import DiffusionConfig
+from contsp_core.energy import ContinuousCGCNN, portable
 from contsp_core.sampler import sampling_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from contsp_core.data import Split
-    from contsp_core.energy import ContinuousCGCNN
 
 ENERGIES = "energies.json"  # {file name: energy or null}; written last: names the files of a complete crystal
 SETTINGS, SUMMARY, TABLE = "settings.json", "summary.json", "per_crystal.csv"
@@ -107,7 +107,7 @@ def evaluate_checkpoint(
     compare_settings(folder, {name: value for name, value in record.items() if name != "n_structures"})
     options = {"source": source, "n_samples": n_samples, "n_steps": n_steps or None, "seed": settings.seed}
     options |= {"batch_atoms": settings.chunk_atoms}
-    make = partial(_make, model, None if training is None else pickle.dumps(training), options)
+    make = partial(_make, model and portable(model), None if training is None else pickle.dumps(training), options)
     fill_folder(folder, list(zip(chosen.material_ids, chosen.species, strict=True)), make, settings)
     record |= {"method": method_label(source, checkpoint, model), "trained_on": _trained_on(checkpoint)}
     return _score(folder, chosen, record, model, folder, settings)
@@ -191,9 +191,9 @@ def _score(
     limits = dict[str, Any](n_jobs=settings.n_jobs, time_limit_s=settings.time_limit_s, progress=settings.progress)
     predictions = read_samples(folder, chosen.material_ids, record["n_samples"], **limits)
     if model is not None and record["source"] == "cifs":
-        rest = iter(with_energies(model, [s for samples in predictions for s in samples if s is not None]))
+        rest = iter(with_energies(model.judge, [s for samples in predictions for s in samples if s is not None]))
         predictions = [[None if s is None else next(rest) for s in samples] for samples in predictions]
-    structures = chosen.structures if model is None else with_energies(model, chosen.structures)
+    structures = chosen.structures if model is None else with_energies(model.judge, chosen.structures)
     scores, table = evaluate_csp(structures, predictions, material_ids=chosen.material_ids, **limits)
     if model is not None:
         table["reference_energy"] = [structure.properties["energy"] for structure in structures]
