@@ -21,6 +21,8 @@ TRAINING_PANELS = (
     (ENERGY, {"energy_real": "training crystals", "energy_sample": "samples"}),
     ("gap: real − sample energy", {"gap": "gap"}),
     ("loss (dimensionless)", {"loss": "total", "loss_positions": "positions", "loss_strain": "strain"}),
+    ("log(1 + exp(N ΔE)) of pairs", {"contrast": "contrast"}),
+    ("wrong structures told apart", {"told_apart": "share"}),
     ("acceptance rate", {"acceptance_rate": "acceptance rate"}),
     ("buffer age (updates)", {"buffer_age": "buffer age"}),
     ("gradient norm", {"gradient_norm": "gradient norm"}),

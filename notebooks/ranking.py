@@ -1,7 +1,8 @@
-"""Which of the crystals found for a formula is right? Energies at several levels, how many chains agree, and both.
+"""Which of the crystals found for a formula is right? Two energies at several levels, how many chains agree, and both.
 
 ``python notebooks/ranking.py --dataset mp20`` samples validation crystals, fits the confidence of ``app.prediction``
-to half of them, tests it on the other half, and writes ``figures/04_confidence_mp20.csv`` and ``.png``.
+to half of them, tests it on the other half, and writes ``figures/04_confidence_mp20.csv`` and ``.png``. With
+``--source templates_relaxed`` it ranks known crystals with their elements exchanged.
 """
 
 from __future__ import annotations
@@ -19,45 +20,52 @@ from scipy.optimize import minimize
 
 from contsp_core import Crystals, load_model
 from contsp_core.app.prediction import confidence
-from contsp_core.csp.candidates import N_DESCENT, descend, rank_distinct, with_energies
+from contsp_core.csp.candidates import N_DESCENT, SOURCES, descend, rank_distinct, with_energies
 from contsp_core.csp.evaluation import EvaluationConfig, evaluate_checkpoint
 from contsp_core.csp.figures import COLORS, new_figure, save_figure, styled
 from contsp_core.csp.metrics import run_with_time_limit, score_pair
 from contsp_core.energy import ContinuousCGCNN
 
 LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # Å
-LEVEL_NAMES = [f"E {sigma} Å" for sigma in LEVELS]
-REFERENCE_NAMES = [f"reference {sigma} Å" for sigma in LEVELS]
+LEVEL_NAMES = [f"{energy} {sigma} Å" for energy in ("E", "judge") for sigma in LEVELS]
+REFERENCE_NAMES = [f"reference {name}" for name in LEVEL_NAMES]
 BINS = np.array([0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
 
 
 def rank_all(model: ContinuousCGCNN, references: list[Structure], samples: list[list[Structure]]) -> pd.DataFrame:
-    """A row a crystal found: ``formula`` (its number), ``share`` of the chains, energies, whether it is right."""
-    rows, known = [], dict(zip(REFERENCE_NAMES, at_levels(model.judge, references)))
+    """A row a crystal found: ``formula`` (its number), ``share`` of the candidates, energies, whether it is right.
+
+    ``first`` is the place of the first of its candidates.
+    """
+    rows, known = [], dict(zip(REFERENCE_NAMES, at_levels(model, references)))
     for number, (reference, drawn) in enumerate(zip(references, samples, strict=True)):
         settled = with_energies(model.judge, descend(model, [s for s in drawn if s is not None], N_DESCENT))
+        for place, structure in enumerate(settled):
+            structure.properties["place"] = place
         groups = rank_distinct(settled, n_jobs=1) if settled else []
         if not groups:  # a formula without an answer
             rows.append(
-                {"formula": number, "share": 1.0, "energy": 0.0, "right": False} | dict.fromkeys(LEVEL_NAMES, np.inf)
+                {"formula": number, "share": 1.0, "first": 0, "energy": 0.0, "right": False}
+                | dict.fromkeys(LEVEL_NAMES, np.inf)
             )
             continue
         best = [group[0] for group in groups]
         scores = run_with_time_limit(score_pair, [(s, reference) for s in best], 1, progress=False)
-        levels = dict(zip(LEVEL_NAMES, at_levels(model.judge, best)))
+        levels = dict(zip(LEVEL_NAMES, at_levels(model, best)))
         for place, (group, score) in enumerate(zip(groups, scores, strict=True)):
             right = score is not None and score.strict
             row = {"formula": number, "share": len(group) / len(settled), "energy": group[0].properties["energy"]}
+            row |= {"first": min(structure.properties["place"] for structure in group)}
             rows.append(row | {name: values[place] for name, values in levels.items()} | {"right": right})
     table = pd.DataFrame(rows)
     return table.assign(**{name: np.array(values)[table["formula"]] for name, values in known.items()})
 
 
 def at_levels(model: ContinuousCGCNN, structures: list[Structure]) -> list[list[float]]:
-    """Their energies at each of ``LEVELS``."""
-    crystals = Crystals.from_structures(structures)
+    """Their energies by the model and by its judge, at each of ``LEVELS``."""
+    crystals, levels = Crystals.from_structures(structures), [torch.full((len(structures),), x) for x in LEVELS]
     with torch.no_grad():
-        return [model(crystals, torch.full((len(structures),), sigma)).tolist() for sigma in LEVELS]
+        return [energy(crystals, level).tolist() for energy in (model, model.judge) for level in levels]
 
 
 def wrong_below(table: pd.DataFrame) -> pd.Series:
@@ -97,7 +105,7 @@ def compare(table: pd.DataFrame, parameters: tuple[float, ...]) -> pd.Series:
     chances = [confidence(part["energy"].to_numpy(), part["share"].to_numpy(), parameters) for part in parts]
     table = pd.concat(parts).assign(confidence=np.concatenate(chances))
     scores = {"energy": -table["energy"], "share of the chains": table["share"] - 1e-6 * table["energy"]}
-    scores |= {name: -table[name] for name in table.columns if name.startswith("E ")}
+    scores |= {name: -table[name] for name in LEVEL_NAMES} | {"first given": -table["first"]}
     scores |= {"confidence": table["confidence"], "any (ceiling)": table["right"].astype(float)}
     return pd.Series({name: first_is_right(table, score) for name, score in scores.items()})
 
@@ -122,15 +130,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="mp20")
     parser.add_argument("--checkpoint")
+    parser.add_argument("--source", default="chains", choices=SOURCES)
     parser.add_argument("--n-structures", type=int, default=150)
     parser.add_argument("--n-samples", type=int, default=20)
     parser.add_argument("--samples", type=Path, help="folder of the samples (default runs/ranking_<dataset>)")
     parser.add_argument("--output", type=Path, help="a .csv (default figures/04_confidence_<dataset>.csv)")
     options = parser.parse_args()
-    output = options.output or Path(__file__).parent.parent / "figures" / f"04_confidence_{options.dataset}.csv"
-    settings = EvaluationConfig(split="val", n_structures=options.n_structures, n_samples=options.n_samples)
+    name = options.dataset if options.source == "chains" else f"{options.dataset}_{options.source}"
+    output = options.output or Path(__file__).parent.parent / "figures" / f"04_confidence_{name}.csv"
+    settings = {"n_structures": options.n_structures, "n_samples": options.n_samples}
+    settings = EvaluationConfig(options.source, "val", **settings)
     checkpoint = options.checkpoint or options.dataset
-    folder = options.samples or Path("runs") / f"ranking_{options.dataset}"
+    folder = options.samples or Path("runs") / f"ranking_{name}"
     found = evaluate_checkpoint(checkpoint, options.dataset, folder, settings)
     table = rank_all(load_model(checkpoint), found.references.structures, found.predictions)
     table.to_csv(output, index=False, float_format="%.5g")

@@ -9,7 +9,7 @@ import copy
 import importlib
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from ase import Atoms
@@ -21,10 +21,7 @@ from pymatgen.core import Lattice, Structure
 
 from contsp_core.crystals import Crystals
 from contsp_core.data import one_line, retold
-from contsp_core.energy import energy_and_gradient, strain_gradient
-
-if TYPE_CHECKING:
-    from contsp_core.energy import ContinuousCGCNN
+from contsp_core.energy import ContinuousCGCNN, energy_and_gradient, strain_gradient
 
 
 class ContinuousCalculator(Calculator):
@@ -69,11 +66,8 @@ class ContinuousCalculator(Calculator):
 def load_calculator(name: str) -> BaseCalculator:
     """An ASE calculator by name, made without arguments; this runs the code of the module named.
 
-    Args:
-        name: ``module:Class``, such as ``ase.calculators.emt:EMT``; a function that returns a calculator will do.
-
-    Raises:
-        ValueError: if the name has another form, nothing is found there, or what it makes is not an ASE calculator.
+    The name is ``module:Class``, such as ``ase.calculators.emt:EMT``; a function that returns a calculator will do. A
+    ValueError tells of another form, of nothing found there, or of what is made and is no ASE calculator.
     """
     module_name, _, attribute = name.partition(":")
     if not (module_name and attribute):

@@ -27,9 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         return train(given[1:])
     options = vars(_parser().parse_args(given))
-    command = options.pop("command")
     try:
-        command(**options)
+        options.pop("command")(**options)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"error: {' '.join(str(error).split())}") from None
     except KeyboardInterrupt:

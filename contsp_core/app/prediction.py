@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
@@ -15,7 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,7 +26,6 @@ import pandas as pd
 import torch
 from ase.io import write
 from joblib import Parallel, delayed, effective_n_jobs
-from pymatgen.analysis.prototypes import AflowPrototypeMatcher
 from pymatgen.core import Element, Structure
 from pymatgen.io.ase import AseAtomsAdaptor
 from pymatgen.io.cif import CifWriter
@@ -71,7 +70,6 @@ SYMPREC = 0.1  # Å
 PEAK_WIDTH = 0.2  # standard deviation of a peak of a simulated powder pattern, degrees
 STRETCHES = np.linspace(0.94, 1.06, 49)  # of the lattice, tried when a pattern is compared
 TWO_THETA = (5.0, 90.0)  # degrees, Cu Kα
-_prototypes = functools.cache(AflowPrototypeMatcher)  # made once, when first asked
 
 
 @dataclass(frozen=True)
@@ -242,6 +240,7 @@ def predict(
             numbers = np.arange(first, min(first + round_, config.n_samples))
             parts = [part for part in np.array_split(numbers, PARTS * n_jobs) if len(part)]
             found = Parallel(n_jobs, return_as="generator")(work(part) for part in parts)
+            _prototypes()  # read while others sample
             shown = tqdm(found, "sampling", len(parts), disable=None if progress else True)
             made += itertools.chain.from_iterable(shown)
     if not made:
@@ -262,6 +261,7 @@ def predict(
 def tabulate(groups: list[list[Structure]], n_jobs: int = -1) -> pd.DataFrame:
     """The table of :func:`describe` with the names of prototypes, and what a calculator said."""
     table, best = describe(groups), [group[0] for group in groups]
+    _prototypes()  # here, for all processes: their time is limited
     names = run_with_time_limit(prototype, [(structure,) for structure in best], n_jobs, progress=False)
     table.insert(table.columns.get_loc("space group"), "prototype", [name or "" for name in names])
     for name in ("calculator_error", "calculator_converged", "calculator_energy"):
@@ -292,6 +292,13 @@ def _settle(model: ContinuousCGCNN, structures: list[Structure], source: str) ->
     for structure in settled:
         structure.properties["source"] = source
     return settled
+
+
+@cache
+def _prototypes() -> Any:
+    """Made once, when first asked: the library takes seconds to read."""
+    matcher: Any = import_module("pymatgen.analysis.prototypes.matcher")
+    return matcher.PrototypeDatabaseMatcher(pd.DataFrame(matcher.AFLOW_PROTOTYPE_LIBRARY))
 
 
 def prototype(structure: Structure) -> str:
