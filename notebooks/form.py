@@ -41,7 +41,8 @@ def show_form(formula: str = "SrTiO3", checkpoint: str = "mp20") -> None:
     if not is_live():
         print("In a live notebook a form appears here: type a formula, press Predict, look, download.")
         return
-    names = sorted({checkpoint, *(path.stem for path in CHECKPOINTS.glob("*.safetensors"))})
+    bundled = {path.stem for path in CHECKPOINTS.glob("*.safetensors")}
+    names = sorted({checkpoint, *(name for name in bundled if not name.endswith("_judge"))})  # a judge only ranks
     options = {"style": {"description_width": "80px"}}
     text = widgets.Text(formula, description="formula", **options)
     model = widgets.Dropdown(options=names, value=checkpoint, description="checkpoint", **options)

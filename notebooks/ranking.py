@@ -26,7 +26,7 @@ from contsp_core.csp.figures import COLORS, new_figure, save_figure, styled
 from contsp_core.csp.metrics import run_with_time_limit, score_pair
 from contsp_core.energy import ContinuousCGCNN
 
-LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # Å
+LEVELS = (0.1, 0.15, 0.2, 0.3, 0.4)  # Å
 LEVEL_NAMES = [f"{energy} {sigma} Å" for energy in ("E", "judge") for sigma in LEVELS]
 REFERENCE_NAMES = [f"reference {name}" for name in LEVEL_NAMES]
 BINS = np.array([0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
@@ -97,6 +97,17 @@ def first_is_right(table: pd.DataFrame, score: pd.Series) -> float:
     """Share of all formulas where the crystal of the highest score is right."""
     best = score.groupby(table["formula"]).idxmax()
     return float(table.loc[best, "right"].mean())
+
+
+def verdict(table: pd.DataFrame) -> pd.DataFrame:
+    """What the judge adds to the energy that made the crystals, both at 0.15 Å: shares of the formulas."""
+    own, judge = "E 0.15 Å", "judge 0.15 Å"
+    scores = {"the first given": -table["first"], "the energy": -table[own], "its judge": -table[judge]}
+    rows = {name: first_is_right(table, score) for name, score in scores.items()}
+    rows["the best of all"] = first_is_right(table, table["right"].astype(float))
+    below = wrong_below(table)
+    below = pd.Series({"the energy": below[own], "its judge": below[judge]})
+    return pd.DataFrame({"first is right": rows, "a wrong one lies below": below}).loc[list(rows)]
 
 
 def compare(table: pd.DataFrame, parameters: tuple[float, ...]) -> pd.Series:

@@ -424,10 +424,10 @@ def test_a_run_leaves_a_checkpoint_with_its_settings_and_a_log(tmp_path, objecti
     assert {file.name for file in job.output.parent.iterdir()} == {"tiny.safetensors", "tiny.csv", "tiny.state"}
 
 
-def negatives(path: Path, reverse: bool = False) -> Path:
+def negatives(path: Path, reverse: bool = False, seed: int = 1) -> Path:
     """The training crystals with every atom moved at random: what chains might have found."""
     split = load_split("prototypes", "train")
-    moved = split.crystals.positions + split.crystals.random_atoms(torch.Generator().manual_seed(1))
+    moved = split.crystals.positions + split.crystals.random_atoms(torch.Generator().manual_seed(seed))
     found = split.crystals.replace(positions=moved)
     replace(split, crystals=found[list(range(len(split)))[::-1]] if reverse else found).save(path)
     return path
@@ -447,6 +447,17 @@ def test_a_run_tells_data_from_negatives(tmp_path):
     without = tiny_job(tmp_path / "without.safetensors")
     run(without)
     assert not torch.equal(load_model(whole.output).fc_final.weight, load_model(without.output).fc_final.weight)
+
+
+def test_files_of_negatives_are_taken_in_turn(tmp_path):
+    first, second = (negatives(tmp_path / f"{seed}.npz", seed=seed) for seed in (1, 2))
+    contrasts = []
+    for name, files in {"one": [first], "two": [first, second]}.items():
+        job = tiny_job(tmp_path / f"{name}.safetensors", n_updates=2, negatives=files)
+        run(job)
+        contrasts.append([row["contrast"] for row in log_of(job)])
+    (one, also_one), (same, other) = contrasts
+    assert one == same and also_one != other
 
 
 def test_negatives_of_other_crystals_or_for_another_objective_are_refused(tmp_path):
