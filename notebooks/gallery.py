@@ -16,7 +16,7 @@ from pymatgen.core import Lattice, Structure
 from pymatgen.util.string import latexify
 
 from contsp_core import load_model
-from contsp_core.app.prediction import PredictConfig, Prediction, predict
+from contsp_core.app.prediction import CALIBRATED, PredictConfig, Prediction, predict
 from contsp_core.checkpoints import read_settings
 from contsp_core.crystals import reduce_species
 from contsp_core.csp.candidates import space_group, standardise
@@ -102,7 +102,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, default=Path("figures/06_gallery.csv"))
     options = parser.parse_args(arguments)
     check_unknown(read_settings(options.checkpoint)["dataset"])
-    model, config, rows, pictures = load_model(options.checkpoint), PredictConfig(n_samples=options.n_samples), {}, []
+    model, rows, pictures = load_model(options.checkpoint), {}, []
+    config = PredictConfig(n_samples=options.n_samples, confidence=CALIBRATED.get(options.checkpoint))
     for formula in MEASURED:
         units = (4,) if formula == "LiFePO4" else None  # larger than any training crystal
         prediction = predict(model, formula, PredictConfig(**vars(config) | {"n_units": units}))

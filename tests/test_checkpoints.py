@@ -287,7 +287,7 @@ def test_settings_that_make_no_sense_are_refused(saved, metadata):
     refused(rewritten(saved, {}, metadata), "unreadable settings|does not fit its own configuration")
 
 
-@pytest.mark.parametrize("name", ["perov5", "mp20", "mpts52", "prototypes"])
+@pytest.mark.parametrize("name", ["perov5", "mp20", "mp20_judge", "mpts52", "prototypes"])
 def test_the_card_of_a_bundled_checkpoint_is_its_header_printed(name):
     card = model_card(name)
     assert card + "\n" == find_checkpoint(name).with_suffix(".md").read_text(encoding="utf-8")

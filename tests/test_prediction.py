@@ -147,6 +147,7 @@ def test_confidence_counts_all_crystals_found_however_many_are_kept(model, predi
     monkeypatch.setattr("contsp_core.app.prediction.N_CALIBRATED", 3)
     tables = [predict(model, "NaCl", replace(QUICK, confidence=parameters, n_best=n)).table for n in (1, 6)]
     assert tables[0]["confidence"].iloc[0] == pytest.approx(tables[1]["confidence"].iloc[0], abs=1e-3)
+    assert tables[1]["confidence"].is_monotonic_decreasing  # it ranks
     shares = tables[1]["found"].to_numpy() / 6
     expected = confidence(tables[1]["energy"].to_numpy(), shares, parameters)
     assert tables[1]["confidence"].tolist() == pytest.approx(expected.tolist(), abs=1e-3)

@@ -62,7 +62,7 @@ MAX_ATOMS = 200  # of a cell
 PARTS = 2  # of a round for each process: a progress bar can move
 N_SIZES = 3  # numbers of formula units that are tried, of those that training crystals have
 ROUND = 8  # chains of each size between two looks at the clock
-CALIBRATED = {"mp20": (2.006, 0.529, -3.025)}  # bundled checkpoint -> parameters of confidence
+CALIBRATED = {"mp20": (2.039, 1.664, -3.693)}  # bundled checkpoint -> parameters of confidence
 N_CALIBRATED = 20  # chains for which they were fitted; fewer agree by chance
 MADE_BY = "candidates.json"
 TOO_CLOSE = f"too close: atoms nearer than {CLOSEST} of the sum of their covalent radii; ranked below those without"
@@ -82,7 +82,7 @@ class PredictConfig:
     n_units: tuple[int, ...] | None = None  # formula units in the cell; None: what :func:`choose_units` says
     minutes: float | None = None  # no further chains are started after this time, nor before a first round is over
     n_best: int = 10  # crystals kept
-    confidence: tuple[float, float, float] | None = None  # parameters of :func:`confidence`; None: no such column
+    confidence: tuple[float, float, float] | None = None  # of :func:`confidence`, which then ranks; None: energies do
     seed: int = 0
     n_jobs: int = -1  # processes; -1: all cores
 
@@ -246,15 +246,16 @@ def predict(
     if not made:
         problem = "was stopped too early" if stop and stop() else "has no template; source 'chains' needs none"
         raise ValueError(f"formula {formula!r} {problem}: nothing was found")
-    groups = sorted(rank_distinct(made, n_jobs=config.n_jobs), key=lambda group: is_crowded(group[0]))
-    if not groups:
+    if not (groups := rank_distinct(made, n_jobs=config.n_jobs)):
         raise ValueError(f"formula {formula!r}: atoms overlap in all of {len(made)} candidates, expected one without")
-    kept, energies = groups[: config.n_best], np.array([group[0].properties["energy"] for group in groups])
-    table = tabulate(kept, config.n_jobs)
-    calibrated = config.source == "chains" and len(made) >= N_CALIBRATED * len(species) and not doubted
-    if config.confidence and calibrated:
-        shares = np.array([len(group) for group in groups]) / len(made)
-        table.insert(1, "confidence", confidence(energies, shares, config.confidence)[: len(kept)])
+    chances = np.zeros(len(groups))
+    if config.confidence and config.source == "chains" and len(made) >= N_CALIBRATED * len(species) and not doubted:
+        energies = np.array([group[0].properties["energy"] for group in groups])
+        chances = confidence(energies, np.array([len(group) for group in groups]) / len(made), config.confidence)
+    order = sorted(range(len(groups)), key=lambda i: (is_crowded(groups[i][0]), -chances[i]))[: config.n_best]
+    table = tabulate(kept := [groups[i] for i in order], config.n_jobs)
+    if chances.any():
+        table.insert(1, "confidence", chances[order])
     return Prediction(formula, kept, table, len(made), doubted)
 
 
