@@ -147,11 +147,24 @@ def test_confidence_counts_all_crystals_found_however_many_are_kept(model, predi
     monkeypatch.setattr("contsp_core.app.prediction.N_CALIBRATED", 3)
     tables = [predict(model, "NaCl", replace(QUICK, confidence=parameters, n_best=n)).table for n in (1, 6)]
     assert tables[0]["confidence"].iloc[0] == pytest.approx(tables[1]["confidence"].iloc[0], abs=1e-3)
-    assert tables[1]["confidence"].is_monotonic_decreasing  # it ranks
     shares = tables[1]["found"].to_numpy() / 6
     expected = confidence(tables[1]["energy"].to_numpy(), shares, parameters)
     assert tables[1]["confidence"].tolist() == pytest.approx(expected.tolist(), abs=1e-3)
     assert "confidence" not in prediction.table
+
+
+@pytest.mark.parametrize(("n_units", "column"), [((1,), "confidence"), ((1, 2), "energy")])
+def test_confidence_ranks_cells_of_one_size_and_energy_others(model, monkeypatch, n_units, column):
+    """Three chains found rock salt, one the caesium chloride type of lower energy."""
+    monkeypatch.setattr("contsp_core.app.prediction.prototype", space_group)  # a name in less time
+    monkeypatch.setattr("contsp_core.app.prediction.N_CALIBRATED", 1)
+    caesium = Structure(Lattice.cubic(3.4), ["Na", "Cl"], [[0, 0, 0], [0.5] * 3], properties={"energy": -1.0})
+    salt = ROCK_SALT.copy(properties={"energy": -0.9})
+    monkeypatch.setattr("contsp_core.app.prediction._settle", lambda *_: [caesium, salt, salt, salt])
+    config = PredictConfig(n_samples=1, n_steps=1, n_units=n_units, n_jobs=1, confidence=(2.0, 1.0, -5.0))
+    table = predict(model, "NaCl", config).table
+    assert table["energy"].tolist() == ([-0.9, -1.0] if column == "confidence" else [-1.0, -0.9])
+    assert table.loc[table["energy"] == -0.9, "confidence"].item() > 0.8
 
 
 def test_a_stop_ends_the_search_after_the_batch_in_progress_and_changes_no_sample(model, monkeypatch):

@@ -82,7 +82,7 @@ class PredictConfig:
     n_units: tuple[int, ...] | None = None  # formula units in the cell; None: what :func:`choose_units` says
     minutes: float | None = None  # no further chains are started after this time, nor before a first round is over
     n_best: int = 10  # crystals kept
-    confidence: tuple[float, float, float] | None = None  # of :func:`confidence`, which then ranks; None: energies do
+    confidence: tuple[float, float, float] | None = None  # of :func:`confidence`, which ranks cells of one size
     seed: int = 0
     n_jobs: int = -1  # processes; -1: all cores
 
@@ -252,10 +252,10 @@ def predict(
     if config.confidence and config.source == "chains" and len(made) >= N_CALIBRATED * len(species) and not doubted:
         energies = np.array([group[0].properties["energy"] for group in groups])
         chances = confidence(energies, np.array([len(group) for group in groups]) / len(made), config.confidence)
-    order = sorted(range(len(groups)), key=lambda i: (is_crowded(groups[i][0]), -chances[i]))[: config.n_best]
-    table = tabulate(kept := [groups[i] for i in order], config.n_jobs)
+    order = sorted(range(len(groups)), key=lambda i: (is_crowded(groups[i][0]), -chances[i] * (len(species) == 1)))
+    table = tabulate(kept := [groups[i] for i in order[: config.n_best]], config.n_jobs)
     if chances.any():
-        table.insert(1, "confidence", chances[order])
+        table.insert(1, "confidence", chances[order[: config.n_best]])
     return Prediction(formula, kept, table, len(made), doubted)
 
 
