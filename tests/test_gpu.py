@@ -83,7 +83,7 @@ def test_noise_levels():
 
 
 def test_score_matching_gradient():
-    crystals, sigma = random_batch(), torch.full((random_batch().n_systems,), 0.3, dtype=torch.float64)
+    crystals, sigma = random_batch(), torch.full((len(random_batch()),), 0.3, dtype=torch.float64)
     rows, gradients = [], []
     for model, device in zip(on_both(small_model(replace(NOISY, form="residual"))), ("cpu", DEVICE)):
         rng = generators(len(crystals))

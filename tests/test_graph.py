@@ -161,4 +161,4 @@ def test_the_cutoff_is_intensive(crystal, n_cells):
         cell.numpy(), torch.cat(copies).numpy(), [crystal.species[0] * n_cells], torch.float64
     )
     torch.testing.assert_close(cutoff_radius(larger), cutoff_radius(crystal))
-    torch.testing.assert_close(cutoff_radius(crystal, 2.5), 2.5 * crystal.density ** (-1 / 3))
+    torch.testing.assert_close(cutoff_radius(crystal, 2.5), 2.5 * (crystal.volume / crystal.n_atoms) ** (1 / 3))
