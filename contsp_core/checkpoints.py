@@ -87,8 +87,10 @@ def load_model(name_or_path: str | Path, device: str | torch.device | None = Non
     is the energy that ranks. A ValueError tells of a file that is missing or damaged, or of weights not finite.
     """
     path, settings = find_checkpoint(name_or_path), read_settings(name_or_path)
-    tensors, _ = read_tensors(path)
-    judge = load_model(settings["judge"]) if settings.get("judge") else None
+    tensors, judge = read_tensors(path)[0], settings.get("judge")
+    if judge and read_settings(judge).get("judge"):  # a circle would have no end
+        raise ValueError(f"checkpoint {path} has the judge {judge!r}, which has one too, expected one without")
+    judge = judge and load_model(judge, device)
     with retold(f"checkpoint {path} does not fit its own configuration", Exception):  # whatever a header can say
         config = EnergyConfig(**settings["energy"])
         kind = AnnealConfig if config.noise_max is None else DiffusionConfig

@@ -151,11 +151,10 @@ class ContinuousCGCNN(nn.Module):
         judge: the energy that ranks its crystals: itself, unless another one is given.
     """
 
-    judge: ContinuousCGCNN
-
     def __init__(self, config: EnergyConfig = EnergyConfig(), sampling: Any = None, judge: Any = None) -> None:
         super().__init__()
         self.config, self.sampling = config, sampling
+        self.judge: ContinuousCGCNN
         vars(self)["judge"] = judge or self  # not as a module: its weights are not this energy's
         self.embedding = nn.Embedding(MAX_ATOMIC_NUMBER, config.width)
         self.distance_expansion = GaussianBasis(config)

@@ -1,7 +1,6 @@
 """The paper's sampler: Metropolis-adjusted Langevin (MALA) on p(L, X | a) ∝ exp(−E / T), annealed (arXiv 2502.02026).
 
-``mala_init`` and ``mala_step`` advance a batch of independent chains, ``anneal`` cools them; below stand the proposal,
-its log density and the acceptance rule, each a function. Two proposals leave the same law invariant:
+``mala_step`` advances a batch of independent chains, ``anneal`` cools them. Two proposals leave the same law invariant:
 
 ``cartesian`` (the paper's): y′ = y − η ∇E(y) / T + √(2η) ξ on y = (L, X).
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -44,12 +44,19 @@ def from_chains(model: ContinuousCGCNN, seed: int, n_steps: int | None, part: Pa
     return list(zip(rows, run_chains(model, start, config, rng), strict=True))
 
 
+@lru_cache(maxsize=1)
+def library_of(dataset: str) -> tuple[TemplateLibrary, torch.Tensor]:
+    """Made once in each process: the training crystals, and their element counts."""
+    split = load_split(dataset, "train")
+    return TemplateLibrary(split), split.crystals.element_counts
+
+
 def from_templates(
-    model: ContinuousCGCNN, training: Crystals, seed: int, n_steps: int | None, part: Part
+    model: ContinuousCGCNN, dataset: str, seed: int, n_steps: int | None, part: Part
 ) -> list[tuple[int, Crystals]]:
     """One of the nearest templates of another composition for each that has any; their atoms in any order."""
     torch.set_num_threads(1)
-    library, counts, rows, chosen = TemplateLibrary(training.to_structures()), training.element_counts, [], []
+    (library, counts), rows, chosen = library_of(dataset), [], []
     for row, species in part:
         made = library.substitute(species, N_FOUND, seed)
         others = [s for s in made if not torch.equal(counts[s.properties["template"]], counts[row])][:N_STARTS]
@@ -74,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     split, model = load_split(options.dataset, "train"), load_model(options.checkpoint)
     chains: Maker = partial(from_chains, model, options.seed, options.n_steps)
-    templates: Maker = partial(from_templates, model, split.crystals, options.seed, options.n_steps)
+    templates: Maker = partial(from_templates, model, options.dataset, options.seed, options.n_steps)
     make = chains if options.source == "chains" else templates
     wanted = sorted(enumerate(split.species), key=lambda entry: -len(entry[1]))
     sizes = [len(species) for _, species in wanted]

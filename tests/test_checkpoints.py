@@ -78,6 +78,9 @@ def test_another_energy_may_be_the_judge(tmp_path, saved):
         assert torch.equal(loaded.judge(crystals), other(crystals))
         assert loaded.state_dict().keys() == model.state_dict().keys()
         assert len([*loaded.parameters()]) == len([*model.parameters()])
+    with pytest.raises(ValueError, match=r"judged\.safetensors', which has one too, expected one without"):
+        load_model(save_checkpoint(path, model, {"judge": str(path)}))
+    save_checkpoint(path, model, {"judge": str(saved)})
     saved.unlink()
     with pytest.raises(ValueError, match=r"checkpoint is '.*model\.safetensors', expected a \.safetensors file"):
         load_model(path)
