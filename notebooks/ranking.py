@@ -42,7 +42,7 @@ def rank_all(model: ContinuousCGCNN, references: list[Structure], samples: list[
         settled = with_energies(model.judge, descend(model, [s for s in drawn if s is not None], N_DESCENT))
         for place, structure in enumerate(settled):
             structure.properties["place"] = place
-        groups = rank_distinct(settled, n_jobs=1) if settled else []
+        groups = rank_distinct(settled) if settled else []
         if not groups:  # a formula without an answer
             rows.append(
                 {"formula": number, "share": 1.0, "first": 0, "energy": 0.0, "right": False}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from predictions import compare_with_known, known_crystals
 from pymatgen.core import Composition, Lattice, Structure
+from pymatgen.core.structure_matcher import StructureMatcher
 
 from contsp_core import load_model
 from contsp_core.crystals import Crystals, keyed_rng
@@ -251,6 +252,18 @@ def test_equal_crystals_are_grouped_whatever_their_cell_the_lowest_energy_first(
     assert [group[0] for group in energies(groups)] == [-1.0, -0.5]
     assert [len(group) for group in groups] == [3, 1]
     assert all(group == sorted(group) for group in energies(groups))
+
+
+def test_groups_are_those_that_pymatgen_makes_by_comparing_as_given(library):
+    units = [*library.substitute([NA, CL], 6), *library.substitute([NA, NA, CL, CL], 10)]
+    rng, made = np.random.default_rng(0), []
+    for number, unit in enumerate(units * 2):
+        disturbed = unit.copy().perturb(rng.uniform(0, 0.2), seed=number)
+        made.append(disturbed.make_supercell([1 + number % 2, 1, 1], in_place=False))
+        made[-1].properties = {"energy": float(number)}
+    expected = StructureMatcher().group_structures(made)
+    assert energies(rank_distinct(made[::-1])) == energies(expected)
+    assert 1 < len(expected) < len(made)
 
 
 def test_description_agrees_with_the_handbook(candidates):

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_ATOMS = 200  # of a cell
-PARTS = 2  # of a round for each process: a progress bar can move
+PART = 10  # chains of each size that run together, if more than every process has
 N_SIZES = 3  # numbers of formula units that are tried, of those that training crystals have
 ROUND = 8  # chains of each size between two looks at the clock
 CALIBRATED = {"mp20": (2.039, 1.664, -3.693)}  # bundled checkpoint -> parameters of confidence
@@ -238,7 +238,7 @@ def predict(
             if late or (stop is not None and stop()):
                 break
             numbers = np.arange(first, min(first + round_, config.n_samples))
-            parts = [part for part in np.array_split(numbers, PARTS * n_jobs) if len(part)]
+            parts = [part for part in np.array_split(numbers, max(n_jobs, len(numbers) // PART)) if len(part)]
             found = Parallel(n_jobs, return_as="generator")(work(part) for part in parts)
             _prototypes()  # read while others sample
             shown = tqdm(found, "sampling", len(parts), disable=None if progress else True)
@@ -246,7 +246,7 @@ def predict(
     if not made:
         problem = "was stopped too early" if stop and stop() else "has no template; source 'chains' needs none"
         raise ValueError(f"formula {formula!r} {problem}: nothing was found")
-    if not (groups := rank_distinct(made, n_jobs=config.n_jobs)):
+    if not (groups := rank_distinct(made)):
         raise ValueError(f"formula {formula!r}: atoms overlap in all of {len(made)} candidates, expected one without")
     chances = np.zeros(len(groups))
     if config.confidence and config.source == "chains" and len(made) >= N_CALIBRATED * len(species) and not doubted:

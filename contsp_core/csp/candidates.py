@@ -11,6 +11,7 @@ import os
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -77,7 +78,14 @@ def make_candidates(
         One list per composition, of n_samples; None where templates do not suffice. A ValueError tells of an unknown
         source, or of a model or a library that it needs and that is missing.
     """
-    _check_source(source, n_samples, model, library)
+    if source not in SOURCES:
+        raise ValueError(f"source is {source!r}, expected one of {', '.join(SOURCES)}")
+    if n_samples < 1:
+        raise ValueError(f"n_samples is {n_samples}, expected ≥ 1")
+    if model is None and source not in WITHOUT_MODEL:
+        raise ValueError(f"model is None, expected one for source {source!r}")
+    if library is None and source not in WITHOUT_LIBRARY:
+        raise ValueError(f"library is None, expected the training crystals for source {source!r}")
     energy, templates = cast(ContinuousCGCNN, model), cast(TemplateLibrary, library)  # there, where the source needs it
     species = [tuple(sorted(numbers)) for numbers in species]
     rngs = [[keyed_rng(seed, numbers, n) for n in range(n_samples)] for numbers in species]  # as of the chains
@@ -97,17 +105,6 @@ def make_candidates(
         flat = relax(energy, flat, rng, n_steps or N_STEPS[source])
     rest = iter(flat if model is None else with_energies(model.judge, flat))
     return [[next(rest) for _ in part] + [None] * (n_samples - len(part)) for part in found]
-
-
-def _check_source(source: str, n_samples: int, model: Any, library: Any) -> None:
-    if source not in SOURCES:
-        raise ValueError(f"source is {source!r}, expected one of {', '.join(SOURCES)}")
-    if n_samples < 1:
-        raise ValueError(f"n_samples is {n_samples}, expected ≥ 1")
-    if model is None and source not in WITHOUT_MODEL:
-        raise ValueError(f"model is None, expected one for source {source!r}")
-    if library is None and source not in WITHOUT_LIBRARY:
-        raise ValueError(f"library is None, expected the training crystals for source {source!r}")
 
 
 class TemplateLibrary:
@@ -259,9 +256,7 @@ def _descend(energy: Callable[..., Tensor], crystals: Crystals, n_steps: int, *l
     return crystals
 
 
-def rank_distinct(
-    structures: Sequence[Structure], time_limit_s: float = 10.0, n_jobs: int = 1
-) -> list[list[Structure]]:
+def rank_distinct(structures: Sequence[Structure], time_limit_s: float = 10.0) -> list[list[Structure]]:
     """Groups of structures that are the same crystal, each sorted by energy, and so are the groups by their best.
 
     Structures in which atoms overlap (closer than 0.5 Å) are dropped. Two are the same if ``StructureMatcher`` says so
@@ -274,44 +269,48 @@ def rank_distinct(
     if not structures or any("energy" not in structure.properties for structure in structures):
         raise ValueError("structures is empty or one has no properties['energy'], expected ≥ 1 structure, all with it")
     valid = [structure for structure in structures if is_valid_structure(structure, charge_neutrality=False)]
-    rest = sorted(valid, key=lambda structure: structure.properties["energy"])
-    groups: list[list[Structure]] = []
+    valid = sorted(valid, key=lambda structure: structure.properties["energy"])
+    cells = run_with_time_limit(_reduce, [(structure,) for structure in valid], 1, time_limit_s, progress=False)
+    rest, groups = list(zip(valid, cells, strict=True)), list[list[Structure]]()
     while rest:
-        tasks = [(rest[0], other) for other in rest[1:]]
-        same = [True, *map(bool, run_with_time_limit(_is_same, tasks, n_jobs, time_limit_s, progress=False))]
-        groups.append(list(itertools.compress(rest, same)))
-        rest = [structure for structure, matches in zip(rest, same) if not matches]
+        (first, cell), *others = rest
+        alike = [len(other or ()) == len(cell or ()) for _, other in others]  # None is the same as nothing
+        tasks = [(cell, other) for _, other in itertools.compress(others, alike)]
+        answers = iter(run_with_time_limit(_is_same, tasks, 1, time_limit_s, progress=False))
+        same = [likely and bool(next(answers)) for likely in alike]
+        groups.append([first, *(structure for (structure, _), found in zip(others, same) if found)])
+        rest = [other for other, found in zip(others, same) if not found]
     return groups
 
 
+def _reduce(structure: Structure) -> Structure | None:
+    """The cell in which ``StructureMatcher`` compares; making it takes longer than a comparison."""
+    return _ask(lambda: structure.get_reduced_structure().get_primitive_structure())
+
+
 def _is_same(first: Structure, second: Structure) -> bool:
-    try:
-        return bool(StructureMatcher().fit(first, second))
-    except Exception:  # a distorted cell makes spglib, numpy and pymatgen fail in many ways
-        return False
+    return bool(_ask(lambda: StructureMatcher().fit(first, second, skip_structure_reduction=True)))
 
 
 def standardise(structure: Structure, symprec: float = 0.1) -> Structure:
     """The conventional cell of the symmetrised crystal (``symprec`` in Å); as it is where spglib finds no symmetry."""
-    standard = _ask_spglib(structure, symprec, SpacegroupAnalyzer.get_refined_structure) or structure.copy()
+    standard = _ask(lambda: SpacegroupAnalyzer(structure, symprec).get_refined_structure()) or structure.copy()
     standard.properties = dict(structure.properties)
     return standard
 
 
 def space_group(structure: Structure, symprec: float = 0.1) -> str:
     """Symbol and number, such as ``Fm-3m (225)``, by spglib at ``symprec`` Å; ``P1 (1)`` where it finds none."""
-    symbol = _ask_spglib(structure, symprec, SpacegroupAnalyzer.get_space_group_symbol) or "P1"
-    return f"{symbol} ({_ask_spglib(structure, symprec, SpacegroupAnalyzer.get_space_group_number) or 1})"
+    symbol, number = _ask(lambda: structure.get_space_group_info(symprec)) or ("P1", 1)
+    return f"{symbol} ({number})"
 
 
-def _ask_spglib(structure: Structure, symprec: float, question: Callable[[SpacegroupAnalyzer], Any]) -> Any:
-    os.environ.setdefault("SPGLIB_WARNING", "OFF")  # it would print to stderr what the except below answers
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # pymatgen calls spglib in a way that spglib is leaving
-        try:
-            return question(SpacegroupAnalyzer(structure, symprec=symprec))
-        except Exception:  # spglib and pymatgen fail in many ways on a distorted cell
-            return None
+def _ask(question: Callable[[], Any]) -> Any:
+    """The answer; None where spglib, numpy or pymatgen fail, as they do in many ways on a distorted cell."""
+    os.environ.setdefault("SPGLIB_WARNING", "OFF")  # it would print to stderr what None says
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning), suppress(Exception):
+        return question()  # pymatgen calls spglib in a way that spglib is leaving
+    return None
 
 
 def describe(groups: Sequence[Sequence[Structure]]) -> pd.DataFrame:
