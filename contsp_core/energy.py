@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -167,6 +168,7 @@ class ContinuousCGCNN(nn.Module):
         if config.noise_max is not None:
             self.start_cells = nn.Buffer(torch.eye(3).repeat(config.n_start_cells, 1, 1))  # Å
             self.start_counts = nn.Buffer(torch.ones(config.n_start_cells, MAX_ATOMIC_NUMBER + 1, dtype=torch.uint8))
+        self.cutoff_radius = partial(cutoff_radius, multiple=config.cutoff_multiple)  # of a batch: (n_systems,), Å
         self.use_kernels = kernels is not None
 
     def forward(self, crystals: Crystals, sigma: Tensor | None = None) -> Tensor:
@@ -200,7 +202,7 @@ class ContinuousCGCNN(nn.Module):
 
     def _messages(self, crystals: Crystals) -> Callable[[Tensor, Tensor, nn.Linear], Tensor]:
         """Everything about the geometry, as a function that sums the messages of projected nodes."""
-        cutoff = cutoff_radius(crystals, self.config.cutoff_multiple)
+        cutoff = self.cutoff_radius(crystals)
         if self.use_kernels and crystals.cell.device.type == "cpu":
             return self._fused_messages(crystals, cutoff)
         graph = build_graph(crystals, cutoff.detach())

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -258,8 +258,7 @@ def as_energy(energy: Energy | Calculator) -> Energy:
 
 def graph_cutoff(energy: Energy | Calculator, crystals: Crystals, cutoff: float | None = None) -> Tensor:
     """(n_systems,) radius at which an energy cuts its graph, Å: the one given, else as :func:`audit` says."""
-    if cutoff is None and hasattr(energy, "get_potential_energy"):
-        settings = cast("Calculator", energy).parameters
+    if cutoff is None and isinstance(settings := getattr(energy, "parameters", None), dict):  # of a calculator
         cutoff = settings.get("rc") or settings.get("cutoff")
     if cutoff is None:
         return getattr(energy, "cutoff_radius", cutoff_radius)(crystals)

@@ -250,8 +250,7 @@ def train_step(
         row = contrastive_divergence_step(model, batch, config, rng, state.buffer, state.update)
     if n_ranks > 1:
         row = _average_over_ranks(state, row, weight)
-    limit = math.inf if config.clip_norm is None else config.clip_norm
-    gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+    gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf).item()
     learning_rate = _learning_rate(config, state.update, progress)
     if abs(row["loss"]) <= MAX_LOSS and math.isfinite(gradient_norm):
         for group in state.optimiser.param_groups:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -56,6 +57,8 @@ MEASURED = {
     ),
 }
 
+GIVEN_UNITS = {"LiFePO4": (4,)}  # in the cell, which is larger than any training crystal
+
 
 def measured(formula: str) -> Structure:
     """The measured crystal in its conventional cell."""
@@ -99,14 +102,13 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", default="mp20")
     parser.add_argument("--n-samples", type=int, default=20)
-    parser.add_argument("--output", type=Path, default=Path("figures/06_gallery.csv"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "figures" / "06_gallery.csv")
     options = parser.parse_args(arguments)
     check_unknown(read_settings(options.checkpoint)["dataset"])
     model, rows, pictures = load_model(options.checkpoint), {}, []
     config = PredictConfig(n_samples=options.n_samples, confidence=CALIBRATED.get(options.checkpoint))
     for formula in MEASURED:
-        units = (4,) if formula == "LiFePO4" else None  # larger than any training crystal
-        prediction = predict(model, formula, PredictConfig(**vars(config) | {"n_units": units}))
+        prediction = predict(model, formula, replace(config, n_units=GIVEN_UNITS.get(formula)))
         rows[formula] = row(formula, prediction)
         print(formula, rows[formula], file=sys.stderr)
         pictures += [standardise(prediction.best[0]), measured(formula)]
@@ -116,8 +118,9 @@ def main(arguments: Sequence[str]) -> None:
     table.to_csv(options.output, float_format="%.3f")
     marks = ["✓" if rank == 1 else f"rank {rank}" if rank > 1 else "✗" for rank in table["rank"].fillna(0)]
     titles = [(f"{latexify(formula)} {mark}", "measured") for formula, mark in zip(MEASURED, marks)]
+    made_by = {"checkpoint": options.checkpoint, **vars(config), "n_units": GIVEN_UNITS}
     figure = draw_crystals(pictures, [title for pair in titles for title in pair], n_columns=4)
-    save_figure(figure, options.output.with_suffix(".png"), {"checkpoint": options.checkpoint, **vars(config)})
+    save_figure(figure, options.output.with_suffix(".png"), made_by)
     print(table.round(3).to_string())
 
 

@@ -1,6 +1,6 @@
 """How often is an answer one of the known crystals of its composition? Perov-5 asks for one, and often there are two.
 
-``python notebooks/polymorphs.py runs/perov5/perov5_chains`` (samples of an evaluation) writes
+``python notebooks/polymorphs.py runs/perov5/perov5_test_perov5/chains`` (samples of ``make evaluate-perov5``) writes
 ``figures/04_polymorphs_perov5.csv``. Known crystals are those of all splits, the training crystals too.
 """
 

@@ -80,15 +80,16 @@ def wrong_below(table: pd.DataFrame) -> pd.Series:
 
 def fit(table: pd.DataFrame) -> np.ndarray:
     """(a, b, c) of :func:`confidence` with the largest likelihood; a right crystal found twice counts as one."""
-    groups = [part for _, part in table.groupby("formula")]
+    columns = ["energy", "share", "right"]
+    groups = [[part[name].to_numpy() for name in columns] for _, part in table.groupby("formula")]
 
     def loss(parameters: np.ndarray) -> float:
-        total = 0.0
-        for part in groups:
-            chances = confidence(part["energy"].to_numpy(), part["share"].to_numpy(), tuple(parameters))
-            found = float(chances[part["right"].to_numpy()].sum()) if part["right"].any() else 1 - float(chances.sum())
+        total = 1e-3 * float(np.square(parameters).sum())
+        for energy, share, right in groups:
+            chances = confidence(energy, share, tuple(parameters))
+            found = chances[right].sum() if right.any() else 1 - chances.sum()
             total -= np.log(max(found, 1e-9))
-        return total + 1e-3 * float(np.square(parameters).sum())
+        return total
 
     return minimize(loss, np.array([1.0, 3.0, 0.0]), method="Nelder-Mead").x
 

@@ -287,7 +287,11 @@ def test_cutoff_is_the_one_given_then_that_of_the_energy_then_ours() -> None:
     for energy, radius in known:
         assert graph_cutoff(energy, batch).tolist() == [radius, radius]
         assert graph_cutoff(energy, batch, 2.5).tolist() == [2.5, 2.5]
-    torch.testing.assert_close(graph_cutoff(smooth_energy, batch), 3 * (batch.n_atoms / batch.volume) ** (-1 / 3))
+    spacing = (batch.volume / batch.n_atoms) ** (1 / 3)
+    torch.testing.assert_close(graph_cutoff(smooth_energy, batch), 3 * spacing)
+    for multiple in (2.5, 3.0):
+        model = ContinuousCGCNN(EnergyConfig(width=8, cutoff_multiple=multiple))
+        torch.testing.assert_close(graph_cutoff(model, batch), multiple * spacing)
 
 
 class SinglePrecision(Calculator):

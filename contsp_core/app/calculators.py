@@ -1,4 +1,4 @@
-"""The learned energy as an ASE calculator, and any ASE calculator as a judge of candidates.
+"""The learned energy as an ASE calculator, and candidates relaxed and ranked by any ASE calculator.
 
 Nothing but ASE is imported here: a potential is named by its user, such as ``chgnet.model.dynamics:CHGNetCalculator``.
 """

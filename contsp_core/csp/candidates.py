@@ -69,7 +69,7 @@ def make_candidates(
         species: atomic numbers of each crystal.
         n_samples: for each.
         seed: of all that is random.
-        model: needed by all but ``templates``; if given, candidates carry its energy.
+        model: needed by all but ``templates``; if given, candidates carry the energy of its judge.
         library: training crystals; needed by ``templates…``.
         n_steps: energy gradients a candidate; by default 20 for templates, else those of the model's own chains.
         batch_atoms: atoms of chains that run together.

@@ -127,7 +127,7 @@ def evaluate_cifs(
 
     Args:
         cif_dir: read only; the results go to ``output_dir``.
-        checkpoint: if given, its energy chooses among the samples.
+        checkpoint: if given, the energy of its judge chooses among the samples.
         method: name in the summary.
 
     Raises:
