@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import random
 import signal
 import time
 from collections import deque
@@ -10,10 +11,11 @@ from collections import deque
 import numpy as np
 import pandas as pd
 import pytest
-from pymatgen.core import Lattice, Structure
+from pymatgen.core import Element, Lattice, Structure
 from pymatgen.core.structure_matcher import StructureMatcher
 from results import match_rate_curve, pool_candidates, ranking_table
 from scipy.stats import binom
+from smact.screening import smact_validity
 
 from contsp_core.csp import metrics
 from contsp_core.csp.metrics import (
@@ -142,6 +144,16 @@ def test_strict_tolerances_reject_a_strained_cell():
 )
 def test_charge_neutrality_of_textbook_compositions(formula, neutral):
     assert is_charge_neutral(formula) is neutral
+
+
+def test_charge_neutrality_is_that_of_smact():
+    rng, found = random.Random(0), []
+    for _ in range(400):
+        elements = rng.sample(range(1, 95), rng.choice((2, 3, 4)))
+        formula = "".join(f"{Element.from_Z(number).symbol}{rng.randint(1, 4)}" for number in elements)
+        found.append(is_charge_neutral(formula))
+        assert found[-1] == smact_validity(formula, oxidation_states_set="smact14"), formula
+    assert 0.2 < np.mean(found) < 0.8
 
 
 def test_validity_has_the_limits_of_cdvae():

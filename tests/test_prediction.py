@@ -143,9 +143,12 @@ def test_the_result_does_not_depend_on_the_number_of_processes(model, prediction
 
 def test_confidence_counts_all_crystals_found_however_many_are_kept(model, prediction, monkeypatch):
     parameters = (1.0, 2.0, -1.0)
-    assert "confidence" not in predict(model, "NaCl", replace(QUICK, confidence=parameters)).table  # too few chains
-    monkeypatch.setattr("contsp_core.app.prediction.N_CALIBRATED", 3)
-    tables = [predict(model, "NaCl", replace(QUICK, confidence=parameters, n_best=n)).table for n in (1, 6)]
+    monkeypatch.setattr(model, "sampling", replace(model.sampling, n_steps=3))
+    asked = replace(QUICK, n_steps=None, n_units=(1,), n_samples=6, confidence=parameters)
+    assert "confidence" not in predict(model, "NaCl", asked).table  # too few chains
+    monkeypatch.setattr("contsp_core.app.prediction.N_CALIBRATED", 6)
+    assert "confidence" not in predict(model, "NaCl", replace(asked, n_steps=3)).table  # of a length that was asked for
+    tables = [predict(model, "NaCl", replace(asked, n_best=n)).table for n in (1, 6)]
     assert tables[0]["confidence"].iloc[0] == pytest.approx(tables[1]["confidence"].iloc[0], abs=1e-3)
     shares = tables[1]["found"].to_numpy() / 6
     expected = confidence(tables[1]["energy"].to_numpy(), shares, parameters)
@@ -153,25 +156,34 @@ def test_confidence_counts_all_crystals_found_however_many_are_kept(model, predi
     assert "confidence" not in prediction.table
 
 
-@pytest.mark.parametrize(("n_units", "column"), [((1,), "confidence"), ((1, 2), "energy")])
-def test_confidence_ranks_cells_of_one_size_and_energy_others(model, monkeypatch, n_units, column):
-    """Three chains found rock salt, one the caesium chloride type of lower energy."""
+@pytest.mark.parametrize("n_units", [(1,), (1, 2)])
+def test_confidence_ranks_cells_of_one_size_and_energy_others(model, monkeypatch, n_units):
+    """Three chains found rock salt, one the caesium chloride type of lower energy, one a heap of lowest energy."""
     monkeypatch.setattr("contsp_core.app.prediction.prototype", space_group)  # a name in less time
     monkeypatch.setattr("contsp_core.app.prediction.N_CALIBRATED", 1)
     caesium = Structure(Lattice.cubic(3.4), ["Na", "Cl"], [[0, 0, 0], [0.5] * 3], properties={"energy": -1.0})
     salt = ROCK_SALT.copy(properties={"energy": -0.9})
-    monkeypatch.setattr("contsp_core.app.prediction._settle", lambda *_: [caesium, salt, salt, salt])
-    config = PredictConfig(n_samples=1, n_steps=1, n_units=n_units, n_jobs=1, confidence=(2.0, 1.0, -5.0))
+    dense = Lattice([[0, 1.2, 1.2], [1.2, 0, 1.2], [1.2, 1.2, 0]])  # zinc blende
+    heap = Structure(dense, ["Na", "Cl"], [[0, 0, 0], [0.25] * 3], properties={"energy": -9.0})
+    monkeypatch.setattr("contsp_core.app.prediction._settle", lambda *_: [caesium, salt, salt, salt, heap])
+    monkeypatch.setattr(model, "sampling", replace(model.sampling, n_steps=1))
+    config = PredictConfig(n_samples=1, n_units=n_units, n_jobs=1, confidence=(2.0, 1.0, -5.0))
     table = predict(model, "NaCl", config).table
-    assert table["energy"].tolist() == ([-0.9, -1.0] if column == "confidence" else [-1.0, -0.9])
-    assert table.loc[table["energy"] == -0.9, "confidence"].item() > 0.8
+    if len(n_units) > 1:
+        assert table["energy"].tolist() == [-1.0, -0.9, -9.0]
+        assert "confidence" not in table
+        return
+    assert table["energy"].tolist() == [-0.9, -1.0, -9.0]
+    expected = confidence(np.array([-0.9, -1.0]), np.array([0.6, 0.2]), (2.0, 1.0, -5.0))
+    assert table["confidence"].tolist() == pytest.approx([*expected, 0.0])
 
 
 def test_a_stop_ends_the_search_after_the_batch_in_progress_and_changes_no_sample(model, monkeypatch):
     monkeypatch.setattr("contsp_core.app.prediction.prototype", space_group)  # a name in less time
     monkeypatch.setattr("contsp_core.app.prediction.N_DESCENT", 2)
     monkeypatch.setattr("contsp_core.app.prediction.N_CALIBRATED", 9)
-    config = PredictConfig(n_samples=24, n_steps=2, n_units=(1,), n_jobs=1, confidence=(1.0, 2.0, -1.0))
+    monkeypatch.setattr(model, "sampling", replace(model.sampling, n_steps=2))
+    config = PredictConfig(n_samples=24, n_units=(1,), n_jobs=1, confidence=(1.0, 2.0, -1.0))
     answers = iter([False, True])
     few = predict(model, "NaCl", config, stop=lambda: next(answers))
     assert few.n_made == 8

@@ -63,7 +63,7 @@ PART = 10  # chains of each size that run together, if more than every process h
 N_SIZES = 3  # numbers of formula units that are tried, of those that training crystals have
 ROUND = 8  # chains of each size between two looks at the clock
 CALIBRATED = {"mp20": (2.039, 1.664, -3.693)}  # bundled checkpoint -> parameters of confidence
-N_CALIBRATED = 20  # chains for which they were fitted; fewer agree by chance
+N_CALIBRATED = 20  # chains for which they were fitted; fewer agree by chance, more lower what is stated
 MADE_BY = "candidates.json"
 TOO_CLOSE = f"too close: atoms nearer than {CLOSEST} of the sum of their covalent radii; ranked below those without"
 SYMPREC = 0.1  # Å
@@ -82,7 +82,7 @@ class PredictConfig:
     n_units: tuple[int, ...] | None = None  # formula units in the cell; None: what :func:`choose_units` says
     minutes: float | None = None  # no further chains are started after this time, nor before a first round is over
     n_best: int = 10  # crystals kept
-    confidence: tuple[float, float, float] | None = None  # of :func:`confidence`, which ranks cells of one size
+    confidence: tuple[float, float, float] | None = None  # of :func:`confidence`; for cells of one size
     seed: int = 0
     n_jobs: int = -1  # processes; -1: all cores
 
@@ -109,9 +109,8 @@ class Prediction:
 
     def ranked_by(self, name: str, values: Sequence[float], ascending: bool = True) -> Prediction:
         """With another column that ranks the crystals, those without a value last."""
-        crowded = [is_crowded(structure) for structure in self.best]
         table = self.table.assign(**{name: values}).sort_values(name, ascending=ascending, kind="stable")
-        table = table.loc[sorted(table.index, key=lambda rank: crowded[rank - 1])]
+        table = table.loc[sorted(table.index, key=lambda rank: is_crowded(self.best[rank - 1]))]
         groups = [self.groups[rank - 1] for rank in table.index]
         table.index = self.table.index
         return replace(self, groups=groups, table=table)
@@ -248,11 +247,12 @@ def predict(
         raise ValueError(f"formula {formula!r} {problem}: nothing was found")
     if not (groups := rank_distinct(made)):
         raise ValueError(f"formula {formula!r}: atoms overlap in all of {len(made)} candidates, expected one without")
-    chances = np.zeros(len(groups))
-    if config.confidence and config.source == "chains" and len(made) >= N_CALIBRATED * len(species) and not doubted:
-        energies = np.array([group[0].properties["energy"] for group in groups])
-        chances = confidence(energies, np.array([len(group) for group in groups]) / len(made), config.confidence)
-    order = sorted(range(len(groups)), key=lambda i: (is_crowded(groups[i][0]), -chances[i] * (len(species) == 1)))
+    sound, chances = np.array([not is_crowded(group[0]) for group in groups]), np.zeros(len(groups))
+    as_calibrated = config.source == "chains" and config.n_steps is None and len(made) >= N_CALIBRATED and not doubted
+    if config.confidence and as_calibrated and len(species) == 1 and sound.any():
+        energies, counts = np.array([(group[0].properties["energy"], len(group)) for group in groups]).T[:, sound]
+        chances[sound] = confidence(energies, counts / len(made), config.confidence)
+    order = np.lexsort((-chances, ~sound))
     table = tabulate(kept := [groups[i] for i in order[: config.n_best]], config.n_jobs)
     if chances.any():
         table.insert(1, "confidence", chances[order[: config.n_best]])

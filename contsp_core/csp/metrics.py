@@ -50,25 +50,26 @@ _starting = Lock()  # of the thread that starts a process
 
 @cache
 def is_charge_neutral(formula: str) -> bool:
-    """Whether a composition can be charge neutral, by the rule of CDVAE.
+    """Whether a composition can be charge neutral, by the rule of CDVAE, with SMACT's oxidation states of 2014.
 
-    Single elements and compounds of metals only are valid. Otherwise every element takes one of its known oxidation
-    states (pymatgen's, zero excluded; CDVAE takes the list of smact, which differs): some choice must sum to zero with
-    every cation less electronegative than every anion.
+    Single elements and compounds of metals only are valid. Otherwise every element takes one of its oxidation states:
+    some choice must sum to zero with every cation less electronegative than every anion.
 
     Source: Xie et al., ICLR 2022 (CDVAE), evaluation metrics; Davies et al., Chem 1, 617 (2016) (SMACT).
     """
-    with warnings.catch_warnings(action="ignore"):  # pymatgen warns of each noble gas, which has no electronegativity
-        counts = {el: round(n) for el, n in Composition(formula).element_composition.reduced_composition.items()}
-        electronegativity = {el: math.inf if math.isnan(el.X) else el.X for el in counts}
-    elements = sorted(counts, key=electronegativity.__getitem__)
-    if len(elements) == 1 or all(element.is_metal for element in elements):
+    from smact import Element, metals  # reads tables
+
+    counts: dict[Any, int] = {Element(name): round(n) for name, n in Composition(formula).get_el_amt_dict().items()}
+    if len(counts) == 1 or all(element.symbol in metals for element in counts):
         return True
+    if any(element.pauling_eneg is None for element in counts):
+        return False
+    elements = sorted(counts, key=lambda element: element.pauling_eneg)
     for n_cations in range(1, len(elements)):
         cation, anion = elements[n_cations - 1 : n_cations + 1]
-        totals = {0} if electronegativity[cation] < electronegativity[anion] else set()
+        totals = {0} if cation.pauling_eneg < anion.pauling_eneg else set()
         for rank, element in enumerate(elements):
-            states = [state for state in element.oxidation_states if (state > 0) == (rank < n_cations) and state]
+            states = [state for state in element.oxidation_states_smact14 if (state > 0) == (rank < n_cations)]
             totals = {total + counts[element] * state for total in totals for state in states}
         if 0 in totals:
             return True
