@@ -196,7 +196,7 @@ class Crystals:
 
 
 def keyed_rng(*key: object) -> torch.Generator:
-    """A generator that depends on the key only: equal keys give equal numbers, in any order, on any machine."""
+    """A generator of the key alone: equal keys give equal numbers anywhere, others unless 32 bits of a hash agree."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 

@@ -97,7 +97,7 @@ def score(model: ContinuousCGCNN, crystals: Crystals, sigma: Tensor) -> tuple[Te
 
 @dataclass(frozen=True)
 class Residual:
-    """Score minus ∇ log q of noisy crystals, its weights, and the weighted squares: 1 for a zero energy."""
+    """Score minus ∇ log q of noisy crystals, its weights, and the weighted squares; see :func:`score_matching_step`."""
 
     crystals: Crystals  # with noise
     positions: Tensor  # (n_atoms_total, 3), Å⁻¹
@@ -136,7 +136,7 @@ def score_matching_step(
     fraction ``step`` of the noise along r, so that only energies are differentiated in θ, as in contrastive divergence.
 
     Returns:
-        ``loss`` (the loss per direction: 1 for a zero energy), and its parts ``loss_positions`` and ``loss_strain``.
+        ``loss`` per direction, and its parts ``loss_positions`` (1 − 1/N for a zero energy) and ``loss_strain`` (1).
     """
     residual = denoising_residual(model, crystals, sigma, rng)
     crystals, n_atoms = residual.crystals, crystals.n_atoms.to(sigma.dtype)

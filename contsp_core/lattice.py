@@ -39,8 +39,8 @@ SELLING_ZERO = 1e-14  # relative: below this a scalar product counts as obtuse
 def niggli_reduce(cell: Tensor) -> tuple[Tensor, Tensor]:
     """Niggli-reduced cells of a batch, of the same handedness, and the basis changes that lead to them.
 
-    The metric of the result depends on the lattice only, not on the basis given. A cell that is reduced already, is
-    not finite, or is flat (linearly dependent to within rounding) is returned unchanged, with the identity.
+    The metric of the result depends on the lattice only (but for the tolerances), not on the basis given. A cell that
+    is reduced already, not finite, or flat (linearly dependent to within rounding) is returned unchanged.
 
     Cells are (n, 3, 3), Å, float32 or float64, on any device. Returned are reduced cells (n, 3, 3), differentiable, and
     transforms (n, 3, 3) int64 of determinant +1: reduced = transforms @ cell.

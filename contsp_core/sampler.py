@@ -56,7 +56,7 @@ def start_crystals(
         return random_crystals(species, rng, model.config.reference_density)
     entries = [tuple(sorted(entry)) for entry in species]
     similar = {entry: similar_cells(model, entry) for entry in set(entries)}
-    pairs = ((similar[entry], number) for entry, number in zip(entries, places or itertools.repeat(0)))
+    pairs = zip([similar[entry] for entry in entries], places or [0] * len(entries), strict=True)
     chosen = torch.stack([rows[number % len(rows)] for rows, number in pairs])
     atomic, given = model.atomic_volume.cpu().double(), model.start_cells.cpu().double()[chosen]
     expected = torch.stack([atomic[list(entry)].sum() for entry in entries])
@@ -72,7 +72,7 @@ def similar_cells(model: ContinuousCGCNN, species: Sequence[int]) -> Tensor:
 
     These are the crystals of its stoichiometry and number of atoms, in order of the mean over atoms of the distance of
     the elements exchanged (:func:`element_distances`), assigned as is best. If there is none, all crystals whose number
-    of atoms is nearest. None has the composition itself: a polymorph's cell would lead the search back to it.
+    of atoms is nearest. None has the composition itself, as its cell would lead the search back to it, unless all have.
     """
     bank, own = model.start_counts.cpu(), torch.bincount(torch.tensor(species), minlength=MAX_ATOMIC_NUMBER + 1)
     other = (bank != own).any(dim=1)

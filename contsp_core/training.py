@@ -135,7 +135,8 @@ def _sample(
 ) -> tuple[Crystals, Row]:
     """Ũ from fresh starts and from the buffer, which keeps the result; and what the log shows of the chains."""
     energy = copy.deepcopy(model).eval().requires_grad_(False)  # chains need no gradient in θ, and leave it alone
-    starts, begin, ages = random_crystals(species, rng), torch.zeros(len(species)), []
+    starts = random_crystals(species, rng, cast(Any, model).config.reference_density)
+    begin, accepted, ages = torch.zeros(len(species)), [], []
     if buffer:
         parts = list(starts)
         for system, (numbers, own) in enumerate(zip(species, rng)):
@@ -144,8 +145,7 @@ def _sample(
                 parts[system], begin[system] = found[0].to(starts.cell.dtype), config.buffer_start
                 ages.append(update - found[1])
         starts = Crystals.cat(parts)
-    weight, accepted = next(model.parameters()), []
-    starts = starts.to(weight.device).to(weight.dtype)
+    starts = starts.to((weight := next(model.parameters())).device).to(weight.dtype)
     state = anneal(energy, starts, config.chain, rng, lambda _, new: accepted.append(new.accepted.float()), begin)
     if buffer is not None and config.buffer_share > 0:
         kept = zip(species, state.crystals.to("cpu"), strict=True)

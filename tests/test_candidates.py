@@ -31,6 +31,7 @@ from contsp_core.csp.candidates import (
 )
 from contsp_core.csp.metrics import score_pair
 from contsp_core.data import load_split
+from contsp_core.energy import EnergyConfig
 from contsp_core.sampler import run_chains, sampling_config
 
 BA, SR, TI, ZR, S, NA, CL, K, BR, OXYGEN = 56, 38, 22, 40, 16, 11, 17, 19, 35, 8
@@ -203,7 +204,7 @@ def test_ties_are_in_random_order_and_repeat():
 class Harmonic(torch.nn.Module):
     """Lowest, 0, for a volume of 30 Å³ a crystal and atoms 1 Å apart (of two)."""
 
-    noise_features = None
+    config, noise_features = EnergyConfig(), None
 
     def __init__(self):
         super().__init__()
@@ -230,6 +231,13 @@ def test_descent_never_climbs_and_reaches_a_known_minimum(model):
     (found,) = descend(Harmonic(), [pair], 200)
     assert found.volume == pytest.approx(30, rel=1e-2)
     assert with_energies(Harmonic(), [found])[0].properties["energy"] < 1e-4
+
+
+def test_noise_beyond_what_was_trained_is_the_nearest_that_was(model):
+    start, low, high = cesium_chloride(shift=0.1), model.config.noise_min, model.config.noise_max
+    for beyond, nearest in ((low / 10, low), (10 * high, high)):
+        for move in (descend, lambda *args, noise: relax(*args[:2], [keyed_rng(0)], args[2], noise)):
+            assert move(model, [start], 3, noise=beyond) == move(model, [start], 3, noise=nearest)
 
 
 def test_a_short_chain_stays_near_its_start_at_low_noise_only(model):

@@ -65,7 +65,7 @@ class VolumeModel(nn.Module):
 
     def __init__(self, theta: float) -> None:
         super().__init__()
-        self.theta = nn.Parameter(torch.tensor(theta, dtype=torch.float64))
+        self.theta, self.config = nn.Parameter(torch.tensor(theta, dtype=torch.float64)), EnergyConfig()
 
     def forward(self, crystals: Crystals) -> Tensor:
         return self.theta * statistic(crystals)

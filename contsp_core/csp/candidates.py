@@ -87,7 +87,7 @@ def make_candidates(
     if library is None and source not in WITHOUT_LIBRARY:
         raise ValueError(f"library is None, expected the training crystals for source {source!r}")
     energy, templates = cast(ContinuousCGCNN, model), cast(TemplateLibrary, library)  # there, where the source needs it
-    species = [tuple(sorted(numbers)) for numbers in species]
+    species = [tuple(sorted(map(int, numbers))) for numbers in species]
     rngs = [[keyed_rng(seed, numbers, n) for n in range(n_samples)] for numbers in species]  # as of the chains
     if source == "chains":
         found = sample_structures(energy, species, n_samples, n_steps, seed, batch_atoms=batch_atoms)
@@ -143,7 +143,7 @@ class TemplateLibrary:
         structures, the nearest first.
         """
         elements, pattern = _pattern(species)
-        rng = keyed_rng(seed, tuple(sorted(species)))
+        rng = keyed_rng(seed, tuple(sorted(map(int, species))))
         assigned = np.array([[elements[i] for i in order] for order in assignments(pattern)])
         candidates = []
         for multiple in (m for m in range(1, len(species) + 1) if len(species) % m == 0):
@@ -206,7 +206,7 @@ def relax(
     """
     config = replace(sampling_config(model), n_steps=n_steps)
     if isinstance(config, DiffusionConfig):
-        config = replace(config, noise_first=min(noise, cast(float, model.config.noise_max)))
+        config = replace(config, noise_first=float(np.clip(noise, model.config.noise_min, model.config.noise_max)))
     else:  # both schedules are geometric
         step = (config.step_first * config.step_last**2) ** (1 / 3)
         temperature = (config.temperature_first * config.temperature_last**2) ** (1 / 3)
@@ -223,7 +223,7 @@ def descend(
     A step that raises the energy is undone and the next one is half as long; else the next one is a fifth longer. With
     noise levels the energy is the one at level ``noise`` (Å), which is smoother than where crystals are judged.
     """
-    made = []
+    made, noise = list[Structure](), float(np.clip(noise, model.config.noise_min, model.config.noise_max))
     for _, crystals in _batches(model, structures):
         level = [] if model.noise_features is None else [torch.full_like(crystals.volume, noise)]
         made += _descend(model, crystals, n_steps, *level).to_structures()
