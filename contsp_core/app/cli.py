@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--source", default="chains", choices=("chains", "templates", "both"), help="default chains")
     own.add_argument("--n-samples", type=int, default=20, help="of each source and cell size (default 20)")
     own.add_argument("--n-units", type=int, nargs="+", help="formula units in the cell (default: as training crystals)")
-    own.add_argument("--n-steps", type=int, help="of a chain (default: as the checkpoint says)")
+    own.add_argument("--n-steps", type=int, help="of a chain: 100 is fast, 300 thorough (default: the checkpoint's)")
     own.add_argument("--n-best", type=int, default=10, help="crystals kept (default 10)")
     own.add_argument("--minutes", type=float, help="start no more chains after this time, for each formula")
     own.add_argument("--seed", type=int, default=0)
