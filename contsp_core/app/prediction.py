@@ -79,7 +79,7 @@ class PredictConfig:
     source: Literal["chains", "templates", "both"] = "chains"  # templates: known crystals, elements exchanged
     n_samples: int = 20  # of each source and number of formula units
     n_steps: int | None = None  # of a chain; None: as the checkpoint says
-    n_units: tuple[int, ...] | None = None  # formula units in the cell; None: what :func:`choose_units` says
+    n_units: tuple[int, ...] | None = None  # of the reduced formula; None: what :func:`choose_units` says
     minutes: float | None = None  # no further chains are started after this time, nor before a first round is over
     n_best: int = 10  # crystals kept
     confidence: tuple[float, float, float] | None = None  # of :func:`confidence`; for cells of one size
@@ -206,7 +206,7 @@ def predict(
 ) -> Prediction:
     """The crystals that a formula may have, from an energy that knows nothing but the formula.
 
-    Candidates slide to the bottom of their wells; energies are per atom, so cells of different size compare.
+    Candidates slide down their wells; energies are per atom, so cells of different size compare.
 
     Args:
         model: from :func:`contsp_core.load_model`.
@@ -288,7 +288,7 @@ def _run(
 
 
 def _settle(model: ContinuousCGCNN, structures: list[Structure], source: str) -> list[Structure]:
-    """At the bottom of their wells, with energy and source."""
+    """Further down their wells, with energy and source."""
     settled = with_energies(model.judge, descend(model, structures, N_DESCENT)) if structures else []
     for structure in settled:
         structure.properties["source"] = source
