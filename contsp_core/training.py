@@ -168,7 +168,7 @@ def initial_model(crystals: Crystals, energy: EnergyConfig, seed: int, sampling:
         model.embedding.weight.data.copy_(similar_elements(energy.width, torch.Generator().manual_seed(seed)))
         model.atomic_volume.copy_(fit_atomic_volumes(crystals))
         model.start_cells.copy_(niggli_reduce(crystals.cell)[0])
-        model.start_counts.copy_(crystals.element_counts)
+        model.start_counts.copy_(crystals.element_counts.clamp(max=255))  # what a byte holds
     return model
 
 

@@ -28,6 +28,7 @@ from contsp_core.diffusion import (
 from contsp_core.energy import strain_gradient
 from contsp_core.lattice import apply_strain
 from contsp_core.sampler import similar_cells, start_crystals
+from contsp_core.training import initial_model
 
 STRAIN_NOISE = 0.3  # κ, Å⁻¹
 UPPER = ([0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2])  # the six entries of a symmetric matrix
@@ -470,3 +471,13 @@ def test_cells_come_from_like_crystals_nearest_elements_first():
     edges = starts.cell.diagonal(dim1=1, dim2=2) / starts.volume[:, None] ** (1 / 3)
     torch.testing.assert_close(edges[0], edges[3], rtol=1e-6, atol=1e-6)  # after the third it begins again
     torch.testing.assert_close(edges[2], torch.ones(3, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        start_crystals(model, [[9, 11]] * 4, generator(), [0])
+
+
+def test_a_training_crystal_of_more_atoms_than_a_byte_counts_is_not_taken_for_a_smaller_one():
+    species = [[6] * 300, [14] * 44]  # 300 = 256 + 44
+    cells = torch.eye(3).repeat(2, 1, 1) * torch.tensor([15.0, 9.0])[:, None, None]
+    crystals = Crystals.from_arrays(cells, torch.rand(344, 3, generator=generator()), species, torch.float32)
+    model = initial_model(crystals, NOISY, 0)
+    assert similar_cells(model, [32] * 44).tolist() == [1]
