@@ -158,14 +158,15 @@ def test_confidence_counts_all_crystals_found_however_many_are_kept(model, predi
 
 @pytest.mark.parametrize("n_units", [(1,), (1, 2)])
 def test_confidence_ranks_cells_of_one_size_and_energy_others(model, monkeypatch, n_units):
-    """Three chains found rock salt, one the caesium chloride type of lower energy, one a heap of lowest energy."""
+    """Three chains found rock salt, one the caesium chloride type of lower energy; two others are far too small."""
     monkeypatch.setattr("contsp_core.app.prediction.prototype", space_group)  # a name in less time
     monkeypatch.setattr("contsp_core.app.prediction.N_CALIBRATED", 1)
     caesium = Structure(Lattice.cubic(3.4), ["Na", "Cl"], [[0, 0, 0], [0.5] * 3], properties={"energy": -1.0})
     salt = ROCK_SALT.copy(properties={"energy": -0.9})
+    shrunk = Structure(Lattice.cubic(1.6), ["Na", "Cl"], [[0, 0, 0], [0.5] * 3], properties={"energy": -8.0})
     dense = Lattice([[0, 1.2, 1.2], [1.2, 0, 1.2], [1.2, 1.2, 0]])  # zinc blende
     heap = Structure(dense, ["Na", "Cl"], [[0, 0, 0], [0.25] * 3], properties={"energy": -9.0})
-    monkeypatch.setattr("contsp_core.app.prediction._settle", lambda *_: [caesium, salt, salt, salt, heap])
+    monkeypatch.setattr("contsp_core.app.prediction._settle", lambda *_: [caesium, salt, salt, salt, heap, shrunk])
     monkeypatch.setattr(model, "sampling", replace(model.sampling, n_steps=1))
     config = PredictConfig(n_samples=1, n_units=n_units, n_jobs=1, confidence=(2.0, 1.0, -5.0))
     table = predict(model, "NaCl", config).table
@@ -174,7 +175,7 @@ def test_confidence_ranks_cells_of_one_size_and_energy_others(model, monkeypatch
         assert "confidence" not in table
         return
     assert table["energy"].tolist() == [-0.9, -1.0, -9.0]
-    expected = confidence(np.array([-0.9, -1.0]), np.array([0.6, 0.2]), (2.0, 1.0, -5.0))
+    expected = confidence(np.array([-0.9, -1.0]), np.array([3, 2]) / 6, (2.0, 1.0, -5.0))
     assert table["confidence"].tolist() == pytest.approx([*expected, 0.0])
 
 

@@ -66,7 +66,6 @@ CALIBRATED = {"mp20": (2.039, 1.664, -3.693)}  # bundled checkpoint -> parameter
 N_CALIBRATED = 20  # chains for which they were fitted; fewer agree by chance, more lower what is stated
 MADE_BY = "candidates.json"
 TOO_CLOSE = f"too close: atoms nearer than {CLOSEST} of the sum of their covalent radii; ranked below those without"
-SYMPREC = 0.1  # Å
 PEAK_WIDTH = 0.2  # standard deviation of a peak of a simulated powder pattern, degrees
 STRETCHES = np.linspace(0.94, 1.06, 49)  # of the lattice, tried when a pattern is compared
 TWO_THETA = (5.0, 90.0)  # degrees, Cu Kα
@@ -97,14 +96,14 @@ class Prediction:
     """Crystals of one formula, best first."""
 
     formula: str
-    groups: list[list[Structure]]  # of equal crystals, each sorted by energy (see rank_distinct)
+    groups: list[list[Structure]]  # of equal crystals, each sorted by energy, crowded ones last
     table: pd.DataFrame  # a row a group: describe, with confidence and prototype
     n_made: int
     doubts: list[str]
 
     @property
     def best(self) -> list[Structure]:
-        """The crystal of lowest energy of each group."""
+        """Of each group the crystal of lowest energy, among those that are not crowded if there are any."""
         return [group[0] for group in self.groups]
 
     def ranked_by(self, name: str, values: Sequence[float], ascending: bool = True) -> Prediction:
@@ -247,12 +246,13 @@ def predict(
         raise ValueError(f"formula {formula!r} {problem}: nothing was found")
     if not (groups := rank_distinct(made)):
         raise ValueError(f"formula {formula!r}: atoms overlap in all of {len(made)} candidates, expected one without")
+    groups = [sorted(group, key=is_crowded) for group in groups]  # the volume does not count when they are compared
     sound, chances = np.array([not is_crowded(group[0]) for group in groups]), np.zeros(len(groups))
+    energies, counts = np.array([(group[0].properties["energy"], len(group)) for group in groups]).T
     as_calibrated = config.source == "chains" and config.n_steps is None and len(made) >= N_CALIBRATED and not doubted
     if config.confidence and as_calibrated and len(species) == 1 and sound.any():
-        energies, counts = np.array([(group[0].properties["energy"], len(group)) for group in groups]).T[:, sound]
-        chances[sound] = confidence(energies, counts / len(made), config.confidence)
-    order = np.lexsort((-chances, ~sound))
+        chances[sound] = confidence(energies[sound], counts[sound] / len(made), config.confidence)
+    order = np.lexsort((energies, -chances, ~sound))
     table = tabulate(kept := [groups[i] for i in order[: config.n_best]], config.n_jobs)
     if chances.any():
         table.insert(1, "confidence", chances[order[: config.n_best]])
@@ -418,7 +418,7 @@ def _write_crystal(structure: Structure, stem: Path, origin: dict[str, Any]) -> 
     comment = ", ".join(f"{name} {value}" for name, value in label.items())
     symmetric, name = standardise(structure), structure.composition.reduced_formula
     with warnings.catch_warnings(action="ignore"):  # of elements without electronegativity
-        for ending, writer in (("", CifWriter(structure)), ("_symmetrised", CifWriter(symmetric, symprec=SYMPREC))):
+        for ending, writer in (("", CifWriter(structure)), ("_symmetrised", CifWriter(symmetric, symprec=0.1))):
             stem.with_name(f"{stem.name}{ending}.cif").write_text(f"# {comment}\n{writer}")
     poscar = Poscar(structure, comment=f"{name}, {comment}", sort_structure=True)
     poscar.write_file(str(stem.with_suffix(".vasp")))
