@@ -131,11 +131,11 @@ def contrastive_divergence_step(
 
 
 def _sample(
-    model: nn.Module, species: list[list[int]], config: TrainConfig, rng: Rngs, buffer: Buffer | None, update: int
+    model: Any, species: list[list[int]], config: TrainConfig, rng: Rngs, buffer: Buffer | None, update: int
 ) -> tuple[Crystals, Row]:
     """Ũ from fresh starts and from the buffer, which keeps the result; and what the log shows of the chains."""
     energy = copy.deepcopy(model).eval().requires_grad_(False)  # chains need no gradient in θ, and leave it alone
-    starts = random_crystals(species, rng, cast(Any, model).config.reference_density)
+    starts = random_crystals(species, rng, model.config.reference_density)
     begin, accepted, ages = torch.zeros(len(species)), [], []
     if buffer:
         parts = list(starts)
