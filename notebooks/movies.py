@@ -166,7 +166,7 @@ def write_gif(frames: Sequence[Frame], path: str | Path) -> Path:
         ax.yaxis.label.set_color(color)
         dots.append(ax.plot([], [], "o", color=color, clip_on=False)[0])
     angles = np.linspace(*AZIMUTHS, len(frames))
-    cells = [lay_out(structure, azimuth).edges for structure, azimuth in zip(structures, angles)]
+    cells = [lay_out(structure, azimuth=azimuth).edges for structure, azimuth in zip(structures, angles)]
     middles = [edges.mean(axis=(0, 1))[:2] for edges in cells]
     half = ROOM + max(np.abs(edges[..., :2] - middle).max() for edges, middle in zip(cells, middles))
     writer = PillowWriter(fps=12)

@@ -16,7 +16,6 @@ from contsp_core.csp.figures import (
     PIECES,
     SHADES,
     boundary_atoms,
-    coordination_polyhedra,
     crystal_marks,
     find_bonds,
     lay_out,
@@ -78,25 +77,34 @@ RUTILE = Structure.from_spacegroup(
 )
 SHIFTED = Structure(PEROVSKITE.lattice, PEROVSKITE.species, PEROVSKITE.frac_coords + 0.5)
 DIAMOND = Structure.from_spacegroup("Fd-3m", Lattice.cubic(3.57), ["C"], [[0, 0, 0]])
+SULPHATE = Structure(  # anhydrite's tetrahedron alone, with an ion far away
+    Lattice.cubic(8.0), ["Ca", "S", "O", "O", "O", "O"],
+    [[0, 0, 0], [0.5] * 3, *(0.5 + 0.107 * np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]))],
+)  # fmt: skip
 SQUARE = Structure(Lattice.tetragonal(3.9, 6), ["Pd", "O", "O"], [[0.5, 0.5, 0.5], [0, 0.5, 0.5], [0.5, 0, 0.5]])
 
 
 @pytest.mark.parametrize(
     ("structure", "n_triangles"),
-    # octahedra inside the cell, not those around its corners; a cuboctahedron of 8 triangles and 6 squares;
-    # no ions; a square from above and from below
-    [(PEROVSKITE, 8), (RUTILE, 8), (SHIFTED, 20), (DIAMOND, 0), (SQUARE, 4)],
+    # an octahedron inside the cell, and those around its corners, but no cuboctahedra; a sulphate, with nothing
+    # about its cation; no ions; a square from above and from below
+    [(PEROVSKITE, 8), (RUTILE, 9 * 8), (SHIFTED, 8 * 8), (SULPHATE, 4), (DIAMOND, 0), (SQUARE, 4)],
 )
 def test_polyhedra_are_the_hulls_of_whole_coordination_shells(structure, n_triangles):
-    drawing = lay_out(structure)
-    faces = list(coordination_polyhedra(structure, drawing))
-    assert len(faces) == n_triangles
-    corners = {tuple(np.round(corner, 6)) for face in faces for corner in face.path.vertices}
-    oxygen = drawing.positions[drawing.numbers == 8]
-    assert corners <= {tuple(np.round(position[:2], 6)) for position in oxygen}
-    assert all(0 < face.face[3] < 1 for face in faces)
+    cell, drawing = lay_out(structure), lay_out(structure, polyhedra=True)
+    assert len(drawing.faces) == n_triangles
+    corners = {tuple(np.round(corner, 6)) for _, face in drawing.faces for corner in face}
+    outside = {tuple(position) for position in np.round(drawing.positions[len(cell.positions) :], 6)}
+    assert outside <= corners <= {tuple(np.round(position, 6)) for position in drawing.positions[drawing.numbers == 8]}
+    for atom, face in drawing.faces:
+        assert drawing.numbers[atom] != 8
+        site, bonds = structure[int(drawing.index[atom])], np.linalg.norm(face - drawing.positions[atom], axis=1)
+        near = [neighbour.nn_distance for neighbour in structure.get_neighbors(site, 3.0)]  # another search
+        assert set(np.round(bonds, 6)) <= set(np.round(near, 6))
+    np.testing.assert_allclose(drawing.positions[: len(cell.positions)], cell.positions, atol=1e-9)
     plain, filled = (figures.draw_crystal(structure, polyhedra=x).axes[0].collections[0] for x in (False, True))
-    assert len(filled.get_paths()) - len(plain.get_paths()) == n_triangles
+    assert sum(0 < color[3] < 1 for color in filled.get_facecolors()) == n_triangles
+    assert not any(0 < color[3] < 1 for color in plain.get_facecolors())
 
 
 def test_crystal_picture_is_painted_from_back_to_front():

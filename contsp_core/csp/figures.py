@@ -9,7 +9,7 @@ import functools
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -31,6 +31,7 @@ BOUNDARY = 1e-2  # fractional distance to a face below which an atom is repeated
 BOND_REACH = 1.15  # of the sum of the covalent radii
 RADIUS_SCALE = 0.45  # of the covalent radius: spheres that show the arrangement without touching
 SHADES = np.linspace(0.0, 1.0, 12)
+HULL_OPACITY, HULL_ATOMS = 0.45, (4, 6)  # more bonds than six make hulls that hide what is near
 PIECES = 24  # into which a line is cut, so that each passes before or behind the right atoms
 
 
@@ -66,33 +67,39 @@ class Drawing(NamedTuple):
     numbers: np.ndarray  # (n_drawn,), atomic numbers
     bonds: np.ndarray  # (n_bonds, 2), pairs of drawn atoms
     edges: np.ndarray  # (12, 2, 3), ends of the edges of the cell
+    faces: list[tuple[int, np.ndarray]]  # of polyhedra: the drawn atom inside, and the corners (3, 3) of a triangle
 
 
-def lay_out(
-    structure: Structure, azimuth: float = 24.0, elevation: float = 18.0, boundary: float = BOUNDARY
-) -> Drawing:
-    """The cell with the atoms on its boundary repeated, seen from a direction (degrees, see :func:`view_rotation`)."""
-    rotated = structure.lattice.matrix @ view_rotation(structure.lattice.matrix, azimuth, elevation)
+def lay_out(structure: Structure, boundary: float = BOUNDARY, polyhedra: bool = False, **direction: float) -> Drawing:
+    """The cell with the atoms on its boundary repeated, seen from a ``direction`` of :func:`view_rotation`.
+
+    With ``polyhedra``, the hulls of :func:`coordination_shells`, and their corners outside the cell.
+    """
+    from scipy.spatial import ConvexHull
+
+    rotated = structure.lattice.matrix @ view_rotation(structure.lattice.matrix, **direction)
     frac_coords, index = boundary_atoms(structure, boundary)
+    shells = coordination_shells(structure) if polyhedra else {}
+    hulls = {atom: frac_coords[atom] + shells[own][1] for atom, own in enumerate(index) if own in shells}
+    drawn = [*zip(frac_coords, index), *(c for atom in hulls for c in zip(hulls[atom], shells[index[atom]][0]))]
+    frac_coords, index = map(np.array, zip(*{(c[1], *np.round(c[0], 3)): c for c in drawn}.values()))  # each once
     numbers, positions = np.array(structure.atomic_numbers)[index], frac_coords @ rotated
-    corners = [[np.insert(c, axis, end) for end in (0, 1)] for axis in range(3) for c in np.ndindex(2, 2)]
-    return Drawing(positions, index, numbers, find_bonds(positions, numbers), np.array(corners) @ rotated)
+    ends = [[np.insert(c, axis, end) for end in (0, 1)] for axis in range(3) for c in np.ndindex(2, 2)]
+    triangles = {atom: ConvexHull(hull, qhull_options="QJ").simplices for atom, hull in hulls.items()}  # QJ: if flat
+    faces = [(atom, corners @ rotated) for atom, hull in hulls.items() for corners in hull[triangles[atom]]]
+    return Drawing(positions, index, numbers, find_bonds(positions, numbers), np.array(ends) @ rotated, faces)
 
 
 def boundary_atoms(structure: Structure, boundary: float = BOUNDARY) -> tuple[np.ndarray, np.ndarray]:
     """Atoms to draw in a cell: those inside, and the images of those (nearly) on a face, an edge or a corner.
 
-    Returns:
-        frac_coords (n_drawn, 3), and the index (n_drawn,) of the atom that each is an image of.
+    Fractional coordinates (n_drawn, 3), and the index (n_drawn,) of the atom that each is an image of.
     """
     wrapped = structure.frac_coords % 1.0
     wrapped[wrapped > 1.0 - boundary] -= 1.0
-    frac_coords, index = [], []
-    for atom, frac in enumerate(wrapped):
-        for shift in itertools.product(*((0, 1) if abs(x) < boundary else (0,) for x in frac)):
-            frac_coords.append(frac + shift)
-            index.append(atom)
-    return np.array(frac_coords), np.array(index)
+    shifts = [itertools.product(*((0, 1) if abs(x) < boundary else (0,) for x in frac)) for frac in wrapped]
+    index, images = zip(*((atom, wrapped[atom] + shift) for atom, own in enumerate(shifts) for shift in own))
+    return np.array(images), np.array(index)
 
 
 def find_bonds(positions: np.ndarray, numbers: np.ndarray) -> np.ndarray:
@@ -100,19 +107,43 @@ def find_bonds(positions: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 
     Beside a non-metal, two metals are not bonded: their radii are those of the bulk metal, far too large for a cation.
     """
-    from ase.data import chemical_symbols, covalent_radii
-    from pymatgen.core import Element
+    from ase.data import covalent_radii
 
     distance = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
-    radii = covalent_radii[numbers]
-    metal = np.array([Element(chemical_symbols[number]).is_metal for number in numbers])
-    bonded = distance < BOND_REACH * (radii[:, None] + radii)
-    if not metal.all():
-        bonded &= ~(metal[:, None] & metal)
-    return np.argwhere(np.triu(bonded, 1))
+    radii, metal = covalent_radii[numbers], is_cation(numbers)
+    return np.argwhere(np.triu((distance < BOND_REACH * (radii[:, None] + radii)) & ~(metal[:, None] & metal), 1))
 
 
-def view_rotation(cell: np.ndarray, azimuth: float, elevation: float) -> np.ndarray:
+def is_cation(numbers: np.ndarray) -> np.ndarray:
+    """Which atoms are metals beside a non-metal, (n,)."""
+    from pymatgen.core import Element
+
+    metal = np.array([Element.from_Z(number).is_metal for number in numbers])
+    return metal & ~metal.all()
+
+
+def coordination_shells(structure: Structure) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Of each atom with four to six bonds, all to atoms that attract electrons more, to which ones, and where they are.
+
+    Indices (n,), and vectors from the atom (n, 3) in fractional coordinates.
+    """
+    from ase.data import covalent_radii
+    from ase.neighborlist import primitive_neighbor_list
+
+    numbers, cell, pbc = np.array(structure.atomic_numbers), structure.lattice.matrix, structure.pbc
+    radii, cation = BOND_REACH * covalent_radii[numbers], is_cation(numbers)
+    first, second, vectors = primitive_neighbor_list("ijD", pbc, cell, structure.cart_coords, radii)
+    with warnings.catch_warnings(action="ignore"):  # of noble gases, which have no electronegativity
+        attraction = np.array([site.specie.X for site in structure])
+    shells = {}
+    for atom in range(len(structure)):
+        own = (first == atom) & ~(cation[first] & cation[second])
+        if HULL_ATOMS[0] <= own.sum() <= HULL_ATOMS[1] and attraction[atom] < attraction[second[own]].min():
+            shells[atom] = second[own], structure.lattice.get_fractional_coords(vectors[own])
+    return shells
+
+
+def view_rotation(cell: np.ndarray, azimuth: float = 24.0, elevation: float = 18.0) -> np.ndarray:
     """Proper rotation R (3, 3) that turns Cartesian row vectors r into screen axes (right, up, towards the viewer).
 
     The first lattice vector starts to the right and the third one up; then the crystal turns by ``azimuth`` about
@@ -157,37 +188,18 @@ def _line(start: np.ndarray, stop: np.ndarray, color: Any, width: float) -> Iter
         yield Mark((first[2] + second[2]) / 2, Outline([first[:2], second[:2]]), "none", color, width)
 
 
-def coordination_polyhedra(structure: Structure, drawing: Drawing) -> Iterator[Mark]:
-    """Translucent hulls of the bonded neighbours of a cation, where there are four or more and all are drawn."""
-    from ase.data import chemical_symbols
-    from ase.data.colors import jmol_colors
-    from matplotlib.path import Path as Outline
-    from pymatgen.core import Element
-    from scipy.spatial import ConvexHull
-
-    shifts, n_atoms = np.array(list(itertools.product((0, 1, -1), repeat=3))), len(structure)
-    images = (structure.frac_coords % 1 + shifts[:, None]).reshape(-1, 3) @ structure.lattice.matrix
-    bonds = find_bonds(images, np.tile(structure.atomic_numbers, len(shifts)))
-    n_bonds = np.bincount(bonds[bonds < n_atoms], minlength=n_atoms)  # in the endless crystal
-    with warnings.catch_warnings(action="ignore"):  # of noble gases, which have no electronegativity
-        attraction = np.array([Element(chemical_symbols[number]).X for number in drawing.numbers])
-    for atom, (index, number) in enumerate(zip(drawing.index, drawing.numbers)):
-        others = drawing.bonds[(drawing.bonds == atom).any(axis=1)].sum(axis=1) - atom
-        if len(others) == n_bonds[index] >= 4 and attraction[atom] < attraction[others].min():
-            ends = drawing.positions[others]
-            for corners in ends[ConvexHull(ends, qhull_options="QJ").simplices]:  # joggled: they may lie in a plane
-                normal = np.cross(corners[1] - corners[0], corners[2] - corners[0])
-                light = 0.5 + 0.5 * abs(normal[2]) / np.linalg.norm(normal)
-                outline = Outline(corners[[0, 1, 2, 0], :2])
-                yield Mark(corners[:, 2].mean(), outline, (*light * jmol_colors[number], 0.45), "none", 0.0)
-
-
-def crystal_marks(drawing: Drawing, hulls: Iterable[Mark] = ()) -> list[Mark]:
+def crystal_marks(drawing: Drawing) -> list[Mark]:
     """What a still picture of a crystal is made of, from back to front."""
     from ase.data import covalent_radii
     from ase.data.colors import jmol_colors
+    from matplotlib.path import Path as Outline
 
-    marks = [*hulls, *(mark for start, stop in drawing.edges for mark in _line(start, stop, "0.3", 0.9))]
+    marks = [mark for start, stop in drawing.edges for mark in _line(start, stop, "0.3", 0.9)]
+    for atom, corners in drawing.faces:
+        normal = np.cross(corners[1] - corners[0], corners[2] - corners[0])
+        color = (0.5 + 0.5 * abs(normal[2]) / np.linalg.norm(normal)) * jmol_colors[drawing.numbers[atom]]
+        outline = Outline(corners[[0, 1, 2, 0], :2])
+        marks.append(Mark(corners[:, 2].mean(), outline, (*color, HULL_OPACITY), "none", 0.0))
     for first, second in drawing.bonds:
         ends = drawing.positions[[first, second]]
         for atom, end in zip((first, second), ends):
@@ -207,17 +219,14 @@ def draw_crystal(
         structure: an ordered pymatgen structure.
         ax: axes to draw into; a new figure if not given.
         title: text above the picture; the formula if not given, nothing if empty.
-        polyhedra: draw :func:`coordination_polyhedra` too.
+        polyhedra: fill coordination polyhedra, with their corners outside the cell.
         direction: ``azimuth`` and ``elevation`` of the view, degrees; ``boundary`` of :func:`lay_out`.
     """
     from ase.data.colors import jmol_colors
     from matplotlib.collections import PathCollection
 
-    if ax is None:
-        ax = new_figure(size=(3.0, 3.0))[1][0, 0]
-    drawing = lay_out(structure, **direction)
-    marks = crystal_marks(drawing, coordination_polyhedra(structure, drawing) if polyhedra else ())
-    _, paths, faces, edges, widths = zip(*marks)
+    ax, drawing = ax or new_figure(size=(3.0, 3.0))[1][0, 0], lay_out(structure, polyhedra=polyhedra, **direction)
+    _, paths, faces, edges, widths = zip(*crystal_marks(drawing))
     strokes = PathCollection(paths, facecolors=faces, edgecolors=edges, linewidths=widths, capstyle="round")
     ax.add_collection(strokes)
     marker: dict[str, Any] = {"marker": "o", "ls": "none", "ms": 7, "mec": "0.25", "mew": 0.5}
@@ -248,12 +257,9 @@ def draw_crystals(structures: Sequence[Structure], titles: Sequence[str] | None 
 
 
 def save_figure(figure: Figure, path: str | Path, parameters: dict[str, Any]) -> Path:
-    """Write a figure as PNG, and beside it a JSON file with the parameters that made it.
+    """Write a figure to a path that ends in ``.png`` (folders are made), and beside it as JSON the parameters it has.
 
-    Args:
-        figure: a matplotlib figure.
-        path: where to; must end in ``.png``. Folders are made.
-        parameters: what is needed to make it again; values that JSON does not know are written as text.
+    Values that JSON does not know are written as text.
     """
     path = Path(path)
     if path.suffix != ".png":

@@ -9,15 +9,14 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from contsp_core.csp.figures import RADIUS_SCALE, draw_crystal, lay_out
+from contsp_core.csp.figures import HULL_OPACITY, RADIUS_SCALE, draw_crystal, lay_out
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from pymatgen.core import Structure
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -30,49 +29,40 @@ def extension_version() -> str | None:
     """Version of the nglview extension that JupyterLab loads in this environment; None if there is none."""
     from jupyter_core.paths import jupyter_path
 
-    for folder in jupyter_path("labextensions", "nglview-js-widgets"):
-        package = Path(folder) / "package.json"
-        if package.is_file():
-            return json.loads(package.read_text())["version"]
-    return None
+    packages = (Path(folder) / "package.json" for folder in jupyter_path("labextensions", "nglview-js-widgets"))
+    found = next(filter(Path.is_file, packages), None)
+    return json.loads(found.read_text())["version"] if found else None
 
 
 def import_nglview() -> ModuleType:
     """nglview, made to ask the browser for the extension that is installed.
 
     The package 4.0.1 asks for version 4.0 and ships 3.1.5: JupyterLab would look for a module that is not there.
-
-    Raises:
-        ImportError: if nglview is not installed.
     """
     from IPython.utils.capture import capture_output
 
-    spec, version = importlib.util.find_spec("nglview"), extension_version()
-    if spec is None:
-        raise ImportError("nglview is not installed, expected it for a view to turn by hand")
+    version = extension_version()
     if "nglview" not in sys.modules and version is not None:
-        name = "nglview._frontend"  # holds the version; read when nglview defines its widgets
-        frontend: Any = importlib.util.spec_from_file_location(name, Path(str(spec.origin)).with_name("_frontend.py"))
-        module: Any = importlib.util.module_from_spec(frontend)
-        sys.modules[name] = module
-        frontend.loader.exec_module(module)
-        module.__frontend_version__ = version
+        frontend: Any = ModuleType("nglview._frontend")  # holds the version only; read where widgets are defined
+        frontend.__frontend_version__ = version
+        sys.modules[frontend.__name__] = frontend
     with capture_output():  # it displays an empty widget on its first import
         import nglview
 
     return nglview
 
 
-def crystal_shapes(structure: Structure) -> tuple[list[tuple], float]:
+def crystal_shapes(structure: Structure) -> tuple[list[tuple], tuple, float]:
     """What NGL is to draw, centred: spheres for the atoms, cylinders for bonds and the edges of the cell.
 
     Returns:
-        Tuples of shape, place (Å), colour, radius (Å) and the label shown by the mouse; and the radius of them all, Å.
+        Tuples of shape, place (Å), colour, radius (Å) and the label shown by the mouse; a mesh of
+        :func:`coordination_shells`, corners and colours in a row each; the radius of all that is solid, Å.
     """
     from ase.data import chemical_symbols, covalent_radii
     from ase.data.colors import jmol_colors
 
-    drawing = lay_out(structure)
+    drawing = lay_out(structure, polyhedra=True)
     center = drawing.edges.mean(axis=(0, 1))
     points, colors = (drawing.positions - center) * TO_NGL, jmol_colors[drawing.numbers].tolist()
     radii = RADIUS_SCALE * covalent_radii[drawing.numbers]
@@ -86,14 +76,19 @@ def crystal_shapes(structure: Structure) -> tuple[list[tuple], float]:
         name = f"cell: {np.linalg.norm(stop - start):.2f} Å"
         shapes.append(("cylinder", start.tolist(), stop.tolist(), [0.25] * 3, EDGE_RADIUS, name))
     corners = np.linalg.norm(drawing.edges - center, axis=-1).max()
-    return shapes, float(max(corners, (np.linalg.norm(points, axis=1) + radii).max()))
+    mesh = [((face - center) * TO_NGL, [colors[atom]] * 3) for atom, face in drawing.faces]
+    hulls = ("mesh", *(np.ravel(part).tolist() for part in zip(*mesh)))
+    return shapes, hulls, float(max(corners, (np.linalg.norm(points, axis=1) + radii).max()))
 
 
 def crystal_widget(structure: Structure, size: str = "420px") -> Any:
     """An nglview widget filled by a crystal, which is seen as in the still picture."""
     view = import_nglview().NGLWidget()
-    shapes, radius = crystal_shapes(structure)
+    shapes, hulls, radius = crystal_shapes(structure)
     view._add_shape(shapes, name=structure.composition.reduced_formula)
+    if hulls[1:]:
+        view._add_shape([hulls], name="coordination polyhedra")
+        view.update_representation(component=1, opacity=HULL_OPACITY, side="double")
     view.stage.set_parameters(clip_dist=0, fog_near=60)
     distance = 1.08 * radius / math.sin(math.radians(FIELD_OF_VIEW / 2))  # a sphere of this radius just fits
     view._remote_call("distance", target="viewerControls", args=[-distance])
@@ -119,7 +114,7 @@ class CrystalView:
     def bundle(self, live: bool) -> dict[str, Any]:
         """The same crystal by MIME type; a browser shows the first that it can."""
         picture = io.BytesIO()
-        draw_crystal(self.structure).savefig(picture, format="png", metadata={"Software": None})
+        draw_crystal(self.structure, polyhedra=True).savefig(picture, format="png", metadata={"Software": None})
         bundle: dict[str, Any] = {"image/png": picture.getvalue(), "text/plain": f"crystal of {self.structure.formula}"}
         if live and importlib.util.find_spec("nglview"):
             bundle[WIDGET] = crystal_widget(self.structure, self.size)._repr_mimebundle_()[WIDGET]
@@ -132,10 +127,8 @@ class CrystalView:
 
 
 def view_crystal(structure: Structure, size: str = "420px") -> CrystalView:
-    """A crystal to turn by hand in a live notebook, and a still picture of it everywhere else.
+    """A crystal to turn by hand in a live notebook, and a still picture of it everywhere else; both with polyhedra.
 
-    Args:
-        structure: an ordered pymatgen structure.
-        size: width and height of the view, in CSS.
+    ``size`` is width and height of the view, in CSS.
     """
     return CrystalView(structure, size)
