@@ -28,9 +28,7 @@ FORMAT = "contsp-3"
 def save_checkpoint(path: str | Path, model: ContinuousCGCNN, settings: dict[str, Any]) -> Path:
     """Write the model, its configuration, how it is sampled, and settings; the file appears whole or not at all.
 
-    Args:
-        path: ends in ``.safetensors``; a ValueError tells of another ending.
-        settings: anything JSON can hold: data and training settings, seed, scores.
+    A ``path`` that does not end in ``.safetensors`` is a ValueError; ``settings``, of data and training, go into JSON.
     """
     path = Path(path)
     if path.suffix != ".safetensors":

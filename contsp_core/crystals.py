@@ -138,7 +138,7 @@ class Crystals:
         """The chosen crystals, in the order given (a crystal may be chosen more than once); a loop takes one by one."""
         device, counts = self.cell.device, self.n_atoms
         if not isinstance(systems, slice):
-            systems = torch.as_tensor([systems] if isinstance(systems, int) else systems, device=device)
+            systems = torch.as_tensor(systems, device=device).reshape(-1)  # a single number too, of any kind
         chosen = torch.arange(len(self), device=device)[systems]
         atoms = ragged_arange((torch.cumsum(counts, 0) - counts)[chosen], counts[chosen])
         system_idx = torch.repeat_interleave(torch.arange(len(chosen), device=device), counts[chosen])

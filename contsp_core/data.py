@@ -323,11 +323,13 @@ def parse_formula(text: str) -> list[int]:
     from pymatgen.core import Composition, Element
 
     known = {symbol for symbol, element in Element.__members__.items() if element.Z <= MAX_ATOMIC_NUMBER}
-    unknown = [symbol for symbol in re.findall("[A-Z][a-z]*", str(text).replace("@", "")) if symbol not in known]
+    symbols = re.findall("[A-Z][a-z]*", str(text).replace("@", ""))
+    unknown = [symbol for symbol in symbols if symbol not in known]
     counts: Mapping[Any, float] = {}
     with suppress(Exception):  # pymatgen raises several kinds
         counts = Composition(text, strict=True).element_composition
-    if unknown or not 0 < sum(counts.values()) <= MAX_FORMULA_ATOMS or any(n % 1 for n in counts.values()):
+    none = {Element[symbol].Z for symbol in symbols if symbol in known} - {element.Z for element in counts}  # as in N0
+    if unknown or none or not 0 < sum(counts.values()) <= MAX_FORMULA_ATOMS or any(n % 1 for n in counts.values()):
         problem = f": element {unknown[0]!r} is unknown" if unknown else " cannot be read"
         expected = f'expected something like "BaTiO3", Z ≤ {MAX_ATOMIC_NUMBER}, ≤ {MAX_FORMULA_ATOMS} atoms'
         raise ValueError(f"formula {text!r}{problem}, {expected}")

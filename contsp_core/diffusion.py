@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from contsp_core.crystals import Crystals, Rng, check_settings, random_rows
-from contsp_core.energy import ContinuousCGCNN, EnergyConfig, energy_and_gradient, strain_gradient
+from contsp_core.energy import ContinuousCGCNN, EnergyConfig, energy_and_gradient
 from contsp_core.lattice import apply_strain, niggli
 
 DIFFERENCE_STEP = 0.02  # of the noise; with 0.1, sharp features go unseen, and the loss at large σ runs away
@@ -41,32 +41,20 @@ class DiffusionConfig:
         check_settings(self, temperature=(0, 1))
 
 
-@dataclass(frozen=True)
-class Noised:
-    """Noisy crystals with the score ∇ log q(noisy | clean): per atom (Å⁻¹), and per strain (n_systems, 3, 3)."""
-
-    crystals: Crystals
-    score_positions: Tensor
-    score_strain: Tensor
-
-
 def strain_width(config: EnergyConfig, sigma: Tensor) -> Tensor:
     """min(κσ, cap), the width of the strain at noise level σ (Å), of any shape."""
     return (config.strain_noise * sigma).clamp(max=config.strain_cap)
 
 
-def add_noise(crystals: Crystals, sigma: Tensor, sigma_strain: Tensor, rng: Rng) -> Noised:
+def add_noise(crystals: Crystals, sigma: Tensor, sigma_strain: Tensor, rng: Rng) -> tuple[Crystals, Tensor, Tensor]:
     """Draw U_σ given U, and the exact score of that draw.
 
     The displacement has no net translation, since the energy cannot see one. Displacing before straining keeps the
     score of the strain free of the displacements. The volume element of symmetric strains contributes the term in
     coth: with respect to the invariant measure the density of ε is N(ε) Π_{a<b} x_ab / sinh x_ab, x_ab = ε_a − ε_b.
 
-    Args:
-        crystals: clean crystals.
-        sigma: (n_systems,) σ, Å.
-        sigma_strain: (n_systems,) width of the strain.
-        rng: source of randomness, on the CPU: one generator, or one a crystal.
+    ``sigma`` (n_systems,) is σ, Å, and ``sigma_strain`` (n_systems,) the width of the strain. Returned are the noisy
+    crystals and the score ∇ log q(noisy | clean): per atom (Å⁻¹), and per strain (n_systems, 3, 3).
     """
     per_atom, per_cell = crystals.to_atoms(sigma)[:, None], sigma_strain[:, None, None]
     displacement = per_atom * crystals.random_atoms(rng)
@@ -75,7 +63,7 @@ def add_noise(crystals: Crystals, sigma: Tensor, sigma_strain: Tensor, rng: Rng)
     displaced = crystals.replace(positions=crystals.positions + displacement)
     back = crystals.multiply_rows(displacement, torch.linalg.matrix_exp(-strain))
     score_strain = -strain / per_cell**2 + _volume_element_score(strain)
-    return Noised(apply_strain(displaced, strain), -back / per_atom**2, score_strain)
+    return apply_strain(displaced, strain), -back / per_atom**2, score_strain
 
 
 def _volume_element_score(strain: Tensor) -> Tensor:
@@ -89,41 +77,30 @@ def _volume_element_score(strain: Tensor) -> Tensor:
 
 def score(model: ContinuousCGCNN, crystals: Crystals, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """−N ∂E/∂X (n_atoms_total, 3), Å⁻¹, and −N ∂E/∂ε (n_systems, 3, 3), symmetric: the score of the noisy density."""
-    _, grad_cell, grad_positions = energy_and_gradient(model, crystals, sigma)
-    strain = strain_gradient(crystals, grad_cell, grad_positions)
-    n_atoms = crystals.n_atoms.to(sigma.dtype)
-    return -crystals.to_atoms(n_atoms)[:, None] * grad_positions, -n_atoms[:, None, None] * (strain + strain.mT) / 2
+    _, strain, positions = energy_and_gradient(model, crystals, sigma)
+    n_atoms = crystals.n_atoms
+    return -crystals.to_atoms(n_atoms)[:, None] * positions, -n_atoms[:, None, None] * (strain + strain.mT) / 2
 
 
-@dataclass(frozen=True)
-class Residual:
-    """Score minus ∇ log q of noisy crystals, its weights, and the weighted squares; see :func:`score_matching_step`."""
+class Residual(NamedTuple):
+    """Score minus ∇ log q of noisy crystals, weighted, and its weighted square; see :func:`score_matching_step`."""
 
     crystals: Crystals  # with noise
-    positions: Tensor  # (n_atoms_total, 3), Å⁻¹
-    strain: Tensor  # (n_systems, 3, 3)
-    weight_positions: Tensor  # (n_systems,), σ² / 3N
-    weight_strain: Tensor  # (n_systems,), (width of the strain)² / 6
-
-    @property
-    def loss_positions(self) -> Tensor:
-        """(n_systems,)"""
-        return self.weight_positions * self.crystals.sum_atoms(self.positions.square().sum(dim=1))
-
-    @property
-    def loss_strain(self) -> Tensor:
-        """(n_systems,)"""
-        return self.weight_strain * self.strain.square().sum(dim=(1, 2))
+    positions: Tensor  # (n_atoms_total, 3), Å; weighted by σ² / 3N
+    strain: Tensor  # (n_systems, 3, 3), weighted by (width of the strain)² / 6
+    loss_positions: Tensor  # (n_systems,)
+    loss_strain: Tensor  # (n_systems,)
 
 
 def denoising_residual(model: ContinuousCGCNN, crystals: Crystals, sigma: Tensor, rng: Rng) -> Residual:
     """Disturb crystals by noise of level ``sigma`` (n_systems,), Å, and compare the score with that of the noise."""
     sigma_strain = strain_width(model.config, sigma)
-    noised = add_noise(crystals, sigma, sigma_strain, rng)
-    score_positions, score_strain = score(model, noised.crystals, sigma)
-    positions, strain = score_positions - noised.score_positions, score_strain - noised.score_strain
-    weights = sigma**2 / (3 * crystals.n_atoms.to(sigma.dtype)), sigma_strain**2 / 6
-    return Residual(noised.crystals, positions, strain, *weights)
+    noised, *expected = add_noise(crystals, sigma, sigma_strain, rng)
+    positions, strain = (found - right for found, right in zip(score(model, noised, sigma), expected))
+    weighted = crystals.to_atoms(sigma**2 / (3 * crystals.n_atoms))[:, None] * positions
+    weighted_strain = (sigma_strain**2 / 6)[:, None, None] * strain
+    losses = crystals.sum_atoms((weighted * positions).sum(dim=1)), (weighted_strain * strain).sum(dim=(1, 2))
+    return Residual(noised, weighted, weighted_strain, *losses)
 
 
 def score_matching_step(
@@ -142,12 +119,12 @@ def score_matching_step(
     crystals, n_atoms = residual.crystals, crystals.n_atoms.to(sigma.dtype)
     # the direction of the move, scaled so that its largest part is `step` times the noise
     # zero where it is not finite: such a loss is for the caller to report
-    positions = (crystals.to_atoms(residual.weight_positions)[:, None] * residual.positions).nan_to_num(0, 0, 0)
-    strain = (residual.weight_strain[:, None, None] * residual.strain).nan_to_num(0, 0, 0)
+    positions, strain = residual.positions.nan_to_num(0, 0, 0), residual.strain.nan_to_num(0, 0, 0)
     size = (crystals.sum_atoms(positions.square().sum(dim=1)) / n_atoms).sqrt() / sigma
     size = torch.maximum(size, strain.norm(dim=(1, 2)) / strain_width(model.config, sigma))
     scale = step / size.clamp(min=1e-30)
-    pair = [_moved(crystals, positions, strain, sign * scale) for sign in (1, -1)]
+    strain, positions = scale[:, None, None] * strain, crystals.to_atoms(scale)[:, None] * positions
+    pair = [apply_strain(crystals, sign * strain, sign * positions) for sign in (1, -1)]
     energy = model(Crystals.cat(pair), sigma.repeat(2)).unflatten(0, (2, -1))
     (n_atoms / scale * (energy[1] - energy[0])).mean().backward()
     parts = {name: float(getattr(residual, name).mean()) for name in ("loss_positions", "loss_strain")}
@@ -168,18 +145,12 @@ def contrast_step(
     """
     clean = random_rows(torch.rand, [1] * len(sigma), rng, sigma.dtype, width=1)[:, 0].to(sigma.device) < 0.5
     noise = torch.where(clean, cast(float, model.config.noise_min) / 10, sigma)
-    pair = [add_noise(each, noise, strain_width(model.config, noise), rng).crystals for each in (crystals, found)]
+    pair = [add_noise(each, noise, strain_width(model.config, noise), rng)[0] for each in (crystals, found)]
     energy = model(Crystals.cat(pair), sigma.repeat(2)).unflatten(0, (2, -1))
     difference = crystals.n_atoms * (energy[0] - energy[1])
     loss = torch.nn.functional.softplus(difference).mean()
     (weight * loss).backward()
     return {"contrast": float(loss.detach()), "told_apart": float((difference < 0).float().mean())}
-
-
-def _moved(crystals: Crystals, positions: Tensor, strain: Tensor, scale: Tensor) -> Crystals:
-    """U moved along (positions, strain) by ``scale`` (n_systems,)."""
-    strained = apply_strain(crystals, scale[:, None, None] * strain)
-    return strained.replace(positions=strained.positions + crystals.to_atoms(scale)[:, None] * positions)
 
 
 def random_noise_levels(model: ContinuousCGCNN, n_systems: int, rng: torch.Generator) -> Tensor:
@@ -211,9 +182,8 @@ def reverse_diffusion(
         score_positions, score_strain = score(model, crystals, torch.full_like(crystals.cell[:, 0, 0], sigma))
         strain = cell.variance * score_strain + cell.noise * crystals.random_cells(rng)
         strain = strain * (LARGEST_STRAIN / strain.norm(dim=(1, 2), keepdim=True).clamp(min=LARGEST_STRAIN))
-        strained = apply_strain(crystals, strain)
         shift = atoms.variance * score_positions + atoms.noise * crystals.random_atoms(rng)
-        crystals = niggli(strained.replace(positions=strained.positions + shift))
+        crystals = niggli(apply_strain(crystals, strain, shift))
         if on_step is not None:
             on_step(index, crystals)
     return crystals
@@ -239,6 +209,8 @@ def _langevin(width: float, config: DiffusionConfig) -> _Step:
 
 def schedule(energy: EnergyConfig, config: DiffusionConfig) -> list[tuple[float, _Step, _Step]]:
     """σ, step of the atoms (Å) and step of the strain of each move; the strain rests where its width is capped."""
+    if config.noise_first is not None and config.noise_first < cast(float, energy.noise_min):
+        raise ValueError(f"noise_first is {config.noise_first}, expected ≥ {energy.noise_min}, the lowest level")
     n_levels = min(config.n_levels, config.n_steps)
     first, last = (math.log10(cast(float, x)) for x in (config.noise_first or energy.noise_max, energy.noise_min))
     sigmas = torch.cat([torch.logspace(first, last, n_levels, dtype=torch.float64), torch.zeros(1)])

@@ -280,18 +280,13 @@ def portable(model: ContinuousCGCNN) -> ContinuousCGCNN:
 def energy_and_gradient(
     energy: Callable[..., Tensor], crystals: Crystals, *args: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """E (n_systems,), ∂E/∂L (n_systems, 3, 3) at fixed positions and ∂E/∂X (n_atoms_total, 3), Å⁻¹, all detached."""
-    moving = crystals.replace(
-        cell=crystals.cell.detach().requires_grad_(), positions=crystals.positions.detach().requires_grad_()
-    )
+    """E (n_systems,), ∂E/∂ε (n_systems, 3, 3) and ∂E/∂X (n_atoms_total, 3), Å⁻¹, all detached.
+
+    The second is at ε = 0 of L exp(ε), X exp(ε): symmetric for a rotation-invariant energy.
+    """
+    cell, positions = crystals.cell.detach().requires_grad_(), crystals.positions.detach().requires_grad_()
     with torch.enable_grad():
-        value = energy(moving, *args)
-        grads = torch.autograd.grad(value.sum(), (moving.cell, moving.positions), allow_unused=True)
-    cell, positions = (torch.zeros_like(x) if g is None else g for g, x in zip(grads, (moving.cell, moving.positions)))
-    return value.detach(), cell, positions
-
-
-def strain_gradient(crystals: Crystals, grad_cell: Tensor, grad_positions: Tensor) -> Tensor:
-    """(n_systems, 3, 3) ∂E/∂ε at ε = 0 of L exp(ε), X exp(ε): symmetric for a rotation-invariant energy."""
-    atoms = crystals.positions[:, :, None] * grad_positions[:, None, :]
-    return crystals.cell.mT @ grad_cell + crystals.sum_atoms(atoms)
+        value = energy(crystals.replace(cell=cell, positions=positions), *args)
+        on_cell, on_positions = torch.autograd.grad(value.sum(), (cell, positions), materialize_grads=True)
+    on_atoms = crystals.sum_atoms(crystals.positions[:, :, None] * on_positions[:, None, :])
+    return value.detach(), crystals.cell.mT @ on_cell + on_atoms, on_positions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,21 +13,15 @@ CANDIDATES_PER_CHUNK = 4_000_000  # bounds the memory of the search: about 100 b
 MAX_CANDIDATES = 50_000_000  # of one crystal: as many as 10 000 atoms have in a wide cell
 
 
-@dataclass(frozen=True)
-class Graph:
+class Graph(NamedTuple):
     """Edges (i, j, k) with |x_j + k L − x_i| ≤ R, the self term (i = j, k = 0) excluded by index.
 
     An undirected graph holds each pair of opposite edges (i, j, k), (j, i, −k) once; edges are grouped by system.
-
-    Attributes:
-        source: (n_edges,) int64, atom i.
-        target: (n_edges,) int64, atom j.
-        image: (n_edges, 3) int32, lattice translation k added to x_j.
     """
 
-    source: Tensor
-    target: Tensor
-    image: Tensor
+    source: Tensor  # (n_edges,) int64, atom i
+    target: Tensor  # (n_edges,) int64, atom j
+    image: Tensor  # (n_edges, 3) int32, lattice translation k added to x_j
 
     def directed(self) -> Graph:
         """Both directions of every edge."""
@@ -53,10 +47,8 @@ def search_range(crystals: Crystals, cutoff: Tensor) -> tuple[Tensor, Tensor]:
     """Fractional coordinates, and (n_systems, 3) int64 how many lattice steps either way cover a sphere of radius R.
 
     The range along each lattice vector follows from the distance between opposite faces, so that no neighbour is missed
-    in a skewed cell; but the more skewed or flat a cell, the more images there are to try.
-
-    Raises:
-        ValueError: if a crystal has more than ``MAX_CANDIDATES`` pairs of atoms and images to try.
+    in a skewed cell; but the more skewed or flat a cell, the more images there are to try. More than ``MAX_CANDIDATES``
+    pairs of atoms and images of one crystal are a ValueError.
     """
     inverse = torch.linalg.inv(crystals.cell)
     reach = (cutoff[:, None] * inverse.norm(dim=1) + 0.5).floor()  # 1 / |column of L⁻¹| = distance of two faces
@@ -72,16 +64,9 @@ def search_range(crystals: Crystals, cutoff: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def build_graph(crystals: Crystals, cutoff: Tensor) -> Graph:
-    """The undirected graph of a batch, for any cells and any placement of the atoms.
+    """The undirected graph of a batch, for any cells and any placement of the atoms; ``cutoff`` (n_systems,) is R, Å.
 
     All candidates of :func:`search_range` are tested, in chunks of bounded memory.
-
-    Args:
-        crystals: the batch.
-        cutoff: (n_systems,) radius R, Å.
-
-    Returns:
-        Each edge once (see :class:`Graph`); ``graph.directed()`` gives both directions.
     """
     frac, reach = search_range(crystals, cutoff)
     # one entry per atom pair i ≤ j; the number of candidate images differs from system to system

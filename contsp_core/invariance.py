@@ -237,7 +237,7 @@ def audit(
 def as_energy(energy: Energy | Calculator) -> Energy:
     """``Crystals -> (n_systems,)``, in float64 and bounded memory, from a module, a callable or an ASE calculator."""
     if isinstance(energy, nn.Module):
-        energy = copy.deepcopy(energy).double().eval().requires_grad_(False)
+        energy = copy.deepcopy(energy).cpu().double().eval().requires_grad_(False)
     elif hasattr(energy, "get_potential_energy"):
         energy = partial(_calculator_energy, energy)
     elif not callable(energy):

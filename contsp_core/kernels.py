@@ -11,9 +11,8 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +31,7 @@ if NUMBA.CPU_FEATURES is None and "+avx512f" in get_host_cpu_features():
 FAST: Any = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy", "nogil": True, "cache": True}
 
 
-@dataclass(frozen=True)
-class EdgeList:
+class EdgeList(NamedTuple):
     """An undirected graph, cut into ``len(first_edge) − 1`` runs of whole systems that threads may work on alone."""
 
     graph: Graph
@@ -301,7 +299,6 @@ def message_sum(
             has the other sign for the other direction.
         n_vectors, spacing: V, the number of features of which the last three sums are taken; and of the nodes, Å.
 
-    Returns:
-        (n_atoms_total, D + 3 V), differentiable once in all tensors.
+    The sums are (n_atoms_total, D + 3 V), differentiable once in all tensors.
     """
     return _MessageSum.apply(a, b, table, *geometry, n_vectors, 1 / spacing, edges)

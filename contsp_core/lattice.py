@@ -90,15 +90,16 @@ def without_skew(crystals: Crystals) -> Crystals:
     return crystals.replace(cell=torch.where(skewed[:, None, None], niggli_reduce(crystals.cell)[0], crystals.cell))
 
 
-def apply_strain(crystals: Crystals, strain: Tensor) -> Crystals:
-    """L' = L exp(ε), every atom carried along at fixed fractional coordinates.
+def apply_strain(crystals: Crystals, strain: Tensor, shift: Tensor | float = 0.0) -> Crystals:
+    """L' = L exp(ε), every atom carried along at fixed fractional coordinates, and then moved by its ``shift`` (Å).
 
     The move acts on space, so it does not depend on how the solid is described. The strain −ε undoes it. ``strain`` is
     (n_systems, 3, 3), symmetric, dimensionless, of the dtype of the cell; differentiable, also at 0.
     """
     if strain.shape != crystals.cell.shape:
         raise ValueError(f"strain has shape {tuple(strain.shape)}, expected {tuple(crystals.cell.shape)}")
-    return deform(crystals, torch.linalg.matrix_exp(strain))
+    strained = deform(crystals, torch.linalg.matrix_exp(strain))
+    return strained.replace(positions=strained.positions + shift)
 
 
 def deform(crystals: Crystals, matrices: Tensor) -> Crystals:

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from contsp_core.crystals import Crystals, Rng, check_settings, random_rows
-from contsp_core.energy import energy_and_gradient, strain_gradient
+from contsp_core.energy import energy_and_gradient
 from contsp_core.lattice import apply_strain, niggli
 
 MIN_ATOMIC_VOLUME = 1e-2  # Å³; the law is restricted to larger volumes per atom, where cells are not flat
@@ -65,9 +65,8 @@ class AnnealConfig:
 def mala_init(energy: Energy, crystals: Crystals) -> ChainState:
     """Reduce the cells, wrap the atoms and evaluate the energy and its gradients once."""
     crystals = niggli(crystals)
-    value, grad_cell, grad_positions = energy_and_gradient(energy, crystals)
-    grad_strain, never = strain_gradient(crystals, grad_cell, grad_positions), torch.zeros_like(crystals.n_atoms)
-    return ChainState(crystals, value, grad_strain, grad_positions, never.bool(), never)
+    never = torch.zeros_like(crystals.n_atoms)
+    return ChainState(crystals, *energy_and_gradient(energy, crystals), never.bool(), never)
 
 
 def mala_step(
@@ -81,16 +80,13 @@ def mala_step(
 ) -> ChainState:
     """One Metropolis-adjusted Langevin step of every chain; what is flat or not finite is rejected, and counted.
 
-    Args:
-        energy: maps a batch to (n_systems,) energies.
-        state: of :func:`mala_init` or a previous step.
-        step: (n_systems, 2) η of the cell (Å² or, for strain, dimensionless) and of the positions (Å²).
-        temperature: (n_systems,) T; chains at different stages may share a batch.
-        rng: source of randomness, on the CPU: one generator, or one a chain.
-        proposal: see the module's docstring.
-        measure: the base measure of the target exp(−E / T): ``cartesian`` is dL dX (the paper's), ``invariant`` is
-            |det L|⁻³ dL d(frac), which no choice of description changes.
+    ``step`` (n_systems, 2) is η of the cell (Å² or, for strain, dimensionless) and of the positions (Å²), and
+    ``temperature`` (n_systems,) is T: chains at different stages may share a batch. ``rng``, on the CPU, is one
+    generator, or one a chain. ``measure`` is the base measure of the target exp(−E / T): ``cartesian`` is dL dX (the
+    paper's), ``invariant`` is |det L|⁻³ dL d(frac), which no choice of description changes.
     """
+    if measure not in get_args(Measure):
+        raise ValueError(f"measure is {measure!r}, expected one of {', '.join(get_args(Measure))}")
     move = draw_move(state, proposal, step, temperature, rng)
     moved, new, sound = try_move(energy, state, move, proposal)
     back = reverse_move(state.crystals, moved, new.crystals, move, proposal)
@@ -127,8 +123,7 @@ def anneal(
     return state
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(NamedTuple):
     """A proposed change: ``cell`` and ``positions`` increments (cartesian) or ``strain`` and ``positions`` (strain)."""
 
     cell: Tensor  # (n_systems, 3, 3), Å or dimensionless strain
@@ -166,8 +161,7 @@ def apply_move(crystals: Crystals, move: Move, proposal: Proposal) -> Crystals:
     """The proposed crystals, neither reduced nor wrapped."""
     if proposal == "cartesian":
         return crystals.replace(cell=crystals.cell + move.cell, positions=crystals.positions + move.positions)
-    strained = apply_strain(crystals, move.cell)
-    return strained.replace(positions=strained.positions + move.positions)
+    return apply_strain(crystals, move.cell, move.positions)
 
 
 def try_move(energy: Energy, state: ChainState, move: Move, proposal: Proposal) -> tuple[Crystals, ChainState, Tensor]:
@@ -175,7 +169,7 @@ def try_move(energy: Energy, state: ChainState, move: Move, proposal: Proposal) 
     moved = apply_move(state.crystals, move, proposal)
     n_broken, volume = moved.sum_atoms((~moved.positions.isfinite()).any(dim=1).long()), moved.volume
     sound = volume.isfinite() & (volume > MIN_ATOMIC_VOLUME * moved.n_atoms) & (n_broken == 0)
-    moved = _where(sound, moved, state.crystals)
+    moved = where(sound, moved, state.crystals)
     return moved, mala_init(energy, moved), sound
 
 
@@ -223,13 +217,13 @@ def accept(state: ChainState, new: ChainState, log_ratio: Tensor, sound: Tensor,
     """``new`` with probability min(1, exp(log_ratio)) where all numbers are finite, elsewhere ``state``."""
     finite = sound & new.energy.isfinite() & (log_ratio.isfinite() | (log_ratio == torch.inf))
     accepted = metropolis(log_ratio, rng) & finite
-    crystals, value = _where(accepted, new.crystals, state.crystals), torch.where(accepted, new.energy, state.energy)
+    crystals, value = where(accepted, new.crystals, state.crystals), torch.where(accepted, new.energy, state.energy)
     grad_strain = torch.where(accepted[:, None, None], new.grad_strain, state.grad_strain)
     grad_positions = torch.where(new.crystals.to_atoms(accepted)[:, None], new.grad_positions, state.grad_positions)
     return ChainState(crystals, value, grad_strain, grad_positions, accepted, state.n_nonfinite + (~finite).long())
 
 
-def _where(chosen: Tensor, new: Crystals, old: Crystals) -> Crystals:
+def where(chosen: Tensor, new: Crystals, old: Crystals) -> Crystals:
     """Per system: the new geometry where chosen, the old one elsewhere."""
     positions = torch.where(old.to_atoms(chosen)[:, None], new.positions, old.positions)
     return old.replace(cell=torch.where(chosen[:, None, None], new.cell, old.cell), positions=positions)

@@ -162,10 +162,8 @@ def sample_structures(
         progress: show a progress bar of chain steps.
 
     Returns:
-        One list of structures per entry, each with its energy (dimensionless) in ``properties["energy"]``.
-
-    Raises:
-        ValueError: on an entry that is no formula and no list of atomic numbers, or a number that is no count.
+        One list of structures per entry, each with its energy (dimensionless) in ``properties["energy"]``. A ValueError
+        tells of an entry that is no formula and no list of atomic numbers, or a number that is no count.
     """
     from tqdm.auto import tqdm
 
@@ -197,4 +195,4 @@ def sample_structures(
             for (numbers, _), structure, energy in zip(chains[batch], crystals.to_structures(), energies, strict=True):
                 structure.properties["energy"] = energy
                 found[numbers].append(structure)
-    return [[structure.copy() for structure in found[numbers]] for numbers in entries]
+    return [copy.deepcopy(found[numbers]) for numbers in entries]  # Structure.copy shares the properties

@@ -53,7 +53,6 @@ MAX_RETRIES = 3  # returns to one saved state after a loss that is not finite, o
 MAX_LOSS = 1e4  # above this, as where the gap of contrastive divergence runs away
 AVERAGE_WARMUP = 10  # updates over which the average forgets its start
 Row = dict[str, float]  # of the log
-Buffer = dict[tuple[int, ...], tuple[Crystals, int]]  # species -> the last sample, and the update that made it
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,10 @@ class TrainConfig:
     expand_p: float = 0.5
     max_atoms: int | None = None  # of an expanded composition
     chain: AnnealConfig = field(default_factory=AnnealConfig)
-    buffer_share: float = 0.0  # chains that start at an earlier sample of the same species; the others start afresh
-    buffer_start: float = 1 / 3  # how far down the schedules such a chain begins; a third is T = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        shares = dict.fromkeys(("final_learning_rate", "ema_decay", "buffer_share", "buffer_start"), (0, 1))
+        shares = dict.fromkeys(("final_learning_rate", "ema_decay"), (0, 1))
         others = ("learning_rate", "warmup", "weight_decay", "contrast_weight", "energy_penalty")
         check_settings(self, **shares, **dict.fromkeys(others, (0, math.inf)), expand_p=(1e-3, 1), seed=(0, 2**62))
         if self.n_updates is None and self.time_limit_s is None:
@@ -106,9 +103,7 @@ def preset(dataset: str, objective: Objective = TrainConfig.objective) -> tuple[
     return energy, TrainConfig(objective, batch_size=64 if dataset == "mpts52" else 128)  # large cells take longer
 
 
-def contrastive_divergence_step(
-    model: nn.Module, crystals: Crystals, config: TrainConfig, rng: Rng, buffer: Buffer | None = None, update: int = 0
-) -> Row:
+def contrastive_divergence_step(model: nn.Module, crystals: Crystals, config: TrainConfig, rng: Rng) -> Row:
     """Accumulate in ``.grad`` the gradient of mean(E(U) − E(Ũ)) + α (mean E(U)² + mean E(Ũ)²) (paper, Figure 1).
 
     A training crystal U enters through its composition and through E alone, neither of which knows how it is described:
@@ -116,12 +111,12 @@ def contrastive_divergence_step(
 
     Returns:
         Loss, energies, their gap and penalty; of the chains: acceptance rate, share of those that never moved (they are
-        kept), of non-finite proposals and of buffered starts, and the mean age of starts (updates; 0 for fresh ones).
+        kept) and of non-finite proposals.
     """
     rng = [rng] * len(crystals) if isinstance(rng, torch.Generator) else rng
     compositions = [reduce_species(numbers) for numbers in crystals.species]  # Reduce
     species = [expand_composition(c, own, config.expand_p, config.max_atoms) for c, own in zip(compositions, rng)]
-    samples, row = _sample(model, species, config, rng, buffer, update)  # Ũ ~ exp(−E / T), by MALA under the current θ
+    samples, row = _sample(model, species, config, rng)  # Ũ ~ exp(−E / T), by MALA under the current θ
     real, sampled = model(crystals), model(samples)
     gap = real.mean() - sampled.mean()
     penalty = config.energy_penalty * (real.square().mean() + sampled.square().mean())
@@ -130,31 +125,15 @@ def contrastive_divergence_step(
     return {n: v.item() for n, v in zip(names, (gap + penalty, real.mean(), sampled.mean(), gap, penalty))} | row
 
 
-def _sample(
-    model: Any, species: list[list[int]], config: TrainConfig, rng: Rngs, buffer: Buffer | None, update: int
-) -> tuple[Crystals, Row]:
-    """Ũ from fresh starts and from the buffer, which keeps the result; and what the log shows of the chains."""
+def _sample(model: Any, species: list[list[int]], config: TrainConfig, rng: Rngs) -> tuple[Crystals, Row]:
+    """Ũ, and what the log shows of the chains."""
     energy = copy.deepcopy(model).eval().requires_grad_(False)  # chains need no gradient in θ, and leave it alone
     starts = random_crystals(species, rng, model.config.reference_density)
-    begin, accepted, ages = torch.zeros(len(species)), [], []
-    if buffer:
-        parts = list(starts)
-        for system, (numbers, own) in enumerate(zip(species, rng)):
-            found = buffer.get(tuple(numbers))
-            if torch.rand((), generator=own) < config.buffer_share and found is not None:
-                parts[system], begin[system] = found[0].to(starts.cell.dtype), config.buffer_start
-                ages.append(update - found[1])
-        starts = Crystals.cat(parts)
-    starts = starts.to((weight := next(model.parameters())).device).to(weight.dtype)
-    state = anneal(energy, starts, config.chain, rng, lambda _, new: accepted.append(new.accepted.float()), begin)
-    if buffer is not None and config.buffer_share > 0:
-        kept = zip(species, state.crystals.to("cpu"), strict=True)
-        buffer |= {tuple(numbers): (crystal, update) for numbers, crystal in kept}
+    starts, accepted = starts.to((weight := next(model.parameters())).device).to(weight.dtype), list[Tensor]()
+    state = anneal(energy, starts, config.chain, rng, lambda _, new: accepted.append(new.accepted.float()))
     rates = torch.stack(accepted).mean(dim=0)
     row = {"acceptance_rate": rates.mean().item(), "stuck_share": (rates == 0).float().mean().item()}
-    row |= {"nonfinite_rate": state.n_nonfinite.float().mean().item() / len(accepted)}
-    row |= {"buffer_share": len(ages) / len(species), "buffer_age": sum(ages) / len(species)}
-    return state.crystals, row
+    return state.crystals, row | {"nonfinite_rate": state.n_nonfinite.float().mean().item() / len(accepted)}
 
 
 def initial_model(crystals: Crystals, energy: EnergyConfig, seed: int, sampling: Any = None) -> ContinuousCGCNN:
@@ -182,7 +161,6 @@ class TrainState:
         self.model = model.requires_grad_(True).train()
         self.averaged = copy.deepcopy(model).requires_grad_(False).eval()
         self.optimiser = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay, fused=True)
-        self.buffer: Buffer = {}
         self.begun_at = self.update = 0  # where this process took over, and where it is
         self.elapsed_s = 0.0
         self.n_retries = 0  # it enters the random numbers: the same ones would lead to the same failure
@@ -193,9 +171,6 @@ class TrainState:
         """Write everything to one file, whole or not at all."""
         groups = {"model": self.model.state_dict(), "averaged": self.averaged.state_dict()}
         groups |= self.optimiser.state_dict()["state"]
-        if self.buffer:
-            crystals, updates = zip(*self.buffer.values())
-            groups["buffer"] = vars(Crystals.cat(crystals)) | {"update": torch.tensor(updates)}
         tensors = {f"{group}/{name}": tensor for group, entry in groups.items() for name, tensor in entry.items()}
         progress = {name: getattr(self, name) for name in ("update", "elapsed_s", "n_retries")}
         write_tensors(path, tensors, {"settings": json.dumps(self.settings), "progress": json.dumps(progress)})
@@ -213,10 +188,6 @@ class TrainState:
             groups.setdefault(group, {})[key] = tensor
         self.model.load_state_dict(groups.pop("model"))
         self.averaged.load_state_dict(groups.pop("averaged"))
-        self.buffer = {}
-        if kept := groups.pop("buffer", None):
-            updates = kept.pop("update").tolist()
-            self.buffer = {tuple(*one.species): (one, update) for one, update in zip(Crystals(**kept), updates)}
         moments = {int(index): entry for index, entry in groups.items()}
         self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": moments})
         vars(self).update(json.loads(metadata["progress"]), rows=[])
@@ -247,7 +218,7 @@ def train_step(
             wrong = found[state.update % len(found)][chosen[places]].to(sigma.device)
             row |= contrast_step(model, batch, wrong, sigma, rng, config.contrast_weight)
     else:
-        row = contrastive_divergence_step(model, batch, config, rng, state.buffer, state.update)
+        row = contrastive_divergence_step(model, batch, config, rng)
     if n_ranks > 1:
         row = _average_over_ranks(state, row, weight)
     gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf).item()
@@ -280,12 +251,7 @@ def _rank() -> tuple[int, int]:
 
 
 def _average_over_ranks(state: TrainState, row: Row, weight: float) -> Row:
-    """Gradients and log row as those of the whole batch; new samples in the buffer are shared."""
-    if state.buffer:
-        new: list[Buffer] = [{}] * distributed.get_world_size()
-        distributed.all_gather_object(new, {k: v for k, v in state.buffer.items() if weight and v[1] == state.update})
-        for samples in new:
-            state.buffer |= samples
+    """Gradients and log row as those of the whole batch."""
     grads = [cast(Tensor, parameter.grad) for parameter in state.model.parameters()]
     flat = weight * torch.cat([grads[0].new_tensor(list(row.values())), *(grad.flatten() for grad in grads)])
     distributed.all_reduce(flat)

@@ -24,7 +24,6 @@ TRAINING_PANELS = (
     ("log(1 + exp(N ΔE)) of pairs", {"contrast": "contrast"}),
     ("wrong structures told apart", {"told_apart": "share"}),
     ("acceptance rate", {"acceptance_rate": "acceptance rate"}),
-    ("buffer age (updates)", {"buffer_age": "buffer age"}),
     ("gradient norm", {"gradient_norm": "gradient norm"}),
 )
 

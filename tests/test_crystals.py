@@ -136,7 +136,10 @@ def random_batch(n_systems: int = 5) -> Crystals:
     return Crystals.from_arrays(cells, rng.uniform(-5, 5, (counts.sum(), 3)), species, torch.float64)
 
 
-@pytest.mark.parametrize("chosen", [2, -1, [0, 3, 3, 1], slice(1, 4), slice(None, None, 2), torch.tensor([4, 0])])
+@pytest.mark.parametrize(
+    "chosen",
+    [2, -1, np.int64(2), torch.tensor(3), [0, 3, 3, 1], slice(1, 4), slice(None, None, 2), torch.tensor([4, 0])],
+)
 def test_selecting_systems_gives_the_same_crystals(chosen):
     batch = random_batch()
     singles = [batch[index] for index in range(len(batch))]

@@ -577,7 +577,9 @@ def test_formula_is_read_in_the_order_written(text: str, expected: list[int]) ->
     assert parse_formula(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", " ", "Ba0.5TiO3", "Hello", "MdO", "X2", "Ba(TiO3", "H1000001", "Na-1", None, 3])
+@pytest.mark.parametrize(
+    "text", ["", " ", "Ba0.5TiO3", "Hello", "MdO", "X2", "NaCl0", "Ba(TiO3", "H1000001", "Na-1", None, 3]
+)
 def test_a_bad_formula_is_quoted(text: object) -> None:
     with pytest.raises(ValueError, match=r"^formula") as caught:
         parse_formula(text)  # type: ignore[arg-type]

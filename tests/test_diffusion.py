@@ -22,10 +22,10 @@ from contsp_core.diffusion import (
     contrast_step,
     random_noise_levels,
     reverse_diffusion,
+    schedule,
     score,
     score_matching_step,
 )
-from contsp_core.energy import strain_gradient
 from contsp_core.lattice import apply_strain
 from contsp_core.sampler import similar_cells, start_crystals
 from contsp_core.training import initial_model
@@ -79,9 +79,11 @@ def log_density_of_strain(strain: np.ndarray, width: float) -> float:
 def test_the_strain_score_is_the_gradient_of_the_log_density(sigma):
     """Moving the noisy crystal by a further strain η, whose composition with ε is ½ ln(e^ε e^{2η} e^ε)."""
     crystals, h = small_crystals(), 1e-5
-    noised = add_noise(crystals, levels(sigma, sigma), STRAIN_NOISE * levels(sigma, sigma), generator(3))
+    noised, _, score_strain = add_noise(
+        crystals, levels(sigma, sigma), STRAIN_NOISE * levels(sigma, sigma), generator(3)
+    )
     for system in range(2):
-        deformation = torch.linalg.inv(crystals.cell[system]) @ noised.crystals.cell[system]
+        deformation = torch.linalg.inv(crystals.cell[system]) @ noised.cell[system]
         strain = log_of_symmetric(deformation.numpy())
         stretch = deformation.numpy()
         for row, column in zip(*UPPER):
@@ -93,7 +95,7 @@ def test_the_strain_score_is_the_gradient_of_the_log_density(sigma):
                 composed = log_of_symmetric(stretch @ further @ stretch) / 2
                 values.append(log_density_of_strain(composed, STRAIN_NOISE * sigma))
             expected = (values[0] - values[1]) / (2 * h)
-            found = float((noised.score_strain[system] * torch.as_tensor(direction)).sum())
+            found = float((score_strain[system] * torch.as_tensor(direction)).sum())
             assert found == pytest.approx(expected, rel=1e-5, abs=1e-5 / (STRAIN_NOISE * sigma))
         assert np.abs(strain - strain.T).max() < 1e-12
 
@@ -101,13 +103,13 @@ def test_the_strain_score_is_the_gradient_of_the_log_density(sigma):
 def test_the_score_of_the_atoms_is_the_gradient_of_the_log_density():
     """ln q = −|x′ e^{−ε} − x|² / 2σ² at the strain drawn."""
     crystals, sigma = small_crystals(), levels(0.4, 0.9)
-    noised = add_noise(crystals, sigma, STRAIN_NOISE * sigma, generator(4))
-    positions = noised.crystals.positions.clone().requires_grad_()
-    undone = torch.linalg.inv(noised.crystals.cell) @ crystals.cell  # e^{−ε}
+    noised, score_positions, _ = add_noise(crystals, sigma, STRAIN_NOISE * sigma, generator(4))
+    positions = noised.positions.clone().requires_grad_()
+    undone = torch.linalg.inv(noised.cell) @ crystals.cell  # e^{−ε}
     clean = torch.einsum("ni,nij->nj", positions, undone[crystals.system_idx])
     log_density = -((clean - crystals.positions).square().sum(dim=1) / (2 * sigma[crystals.system_idx] ** 2)).sum()
     (expected,) = torch.autograd.grad(log_density, positions)
-    torch.testing.assert_close(noised.score_positions, expected, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(score_positions, expected, rtol=1e-8, atol=1e-8)
 
 
 def test_the_noise_has_the_variances_it_is_said_to_have():
@@ -119,12 +121,12 @@ def test_the_noise_has_the_variances_it_is_said_to_have():
         [[1, 2, 3]] * n_systems,
         torch.float64,
     )
-    noised = add_noise(crystals, *(w * levels(sigma).expand(n_systems) for w in (1, STRAIN_NOISE)), generator())
-    undone = torch.linalg.inv(noised.crystals.cell) @ crystals.cell
-    moved = torch.einsum("ni,nij->nj", noised.crystals.positions, undone[crystals.system_idx]) - crystals.positions
+    noised, *_ = add_noise(crystals, *(w * levels(sigma).expand(n_systems) for w in (1, STRAIN_NOISE)), generator())
+    undone = torch.linalg.inv(noised.cell) @ crystals.cell
+    moved = torch.einsum("ni,nij->nj", noised.positions, undone[crystals.system_idx]) - crystals.positions
     assert crystals.sum_atoms(moved).abs().max() < 1e-12
     assert float(moved.var()) == pytest.approx(sigma**2 * 2 / 3, rel=0.06)
-    strain = np.stack([log_of_symmetric(matrix) for matrix in (noised.crystals.cell / 5).numpy()])
+    strain = np.stack([log_of_symmetric(matrix) for matrix in (noised.cell / 5).numpy()])
     width = STRAIN_NOISE * sigma
     assert stats.kstest(strain[:, [0, 1, 2], [0, 1, 2]].ravel() / width, "norm").pvalue > 1e-3
     assert stats.kstest(strain[:, [0, 0, 1], [1, 2, 2]].ravel() / width * math.sqrt(2), "norm").pvalue > 1e-3
@@ -152,15 +154,13 @@ def test_the_score_of_the_model_is_minus_n_times_the_gradient_of_its_energy():
 def exact_loss(model, crystals: Crystals, sigma: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Loss of atoms and of strain, each the mean over the batch, differentiable in the weights."""
     kappa = model.config.strain_noise
-    noised = add_noise(crystals, sigma, kappa * sigma, rng)
-    moving = noised.crystals.replace(
-        cell=noised.crystals.cell.requires_grad_(), positions=noised.crystals.positions.requires_grad_()
-    )
-    grads = torch.autograd.grad(model(moving, sigma).sum(), (moving.cell, moving.positions), create_graph=True)
+    noised, score_positions, score_strain = add_noise(crystals, sigma, kappa * sigma, rng)
+    none, positions = torch.zeros_like(noised.cell).requires_grad_(), noised.positions.requires_grad_()
+    moving = apply_strain(noised.replace(positions=positions), none)
+    grads = torch.autograd.grad(model(moving, sigma).sum(), (none, positions), create_graph=True)
     n_atoms, system = moving.n_atoms, moving.system_idx
-    strain = strain_gradient(moving, *grads)
-    on_strain = -n_atoms[:, None, None] * (strain + strain.mT) / 2 - noised.score_strain
-    on_atoms = -n_atoms[system][:, None] * grads[1] - noised.score_positions
+    on_strain = -n_atoms[:, None, None] * (grads[0] + grads[0].mT) / 2 - score_strain
+    on_atoms = -n_atoms[system][:, None] * grads[1] - score_positions
     of_atoms = sigma**2 / (3 * n_atoms) * moving.sum_atoms(on_atoms.square().sum(dim=1))
     of_strain = (kappa * sigma) ** 2 / 6 * on_strain.square().sum(dim=(1, 2))
     return of_atoms.mean(), of_strain.mean()
@@ -350,6 +350,11 @@ def test_sampling_goes_through_the_noise_levels_from_the_first_one(noise_first, 
     config = DiffusionConfig(5, noise_first=noise_first)
     reverse_diffusion(known_model(log_density, 0.1, 1.0), small_crystals(), config, generator())
     np.testing.assert_allclose(seen, np.geomspace(expected, 0.02, 5), rtol=1e-5)
+
+
+def test_sampling_does_not_begin_below_the_last_level():
+    with pytest.raises(ValueError, match=r"noise_first is 0\.001, expected ≥ 0\.02, the lowest level"):
+        schedule(NOISY, DiffusionConfig(noise_first=0.001))
 
 
 @pytest.mark.parametrize(("n_steps", "steps_each"), [(12, (4, 4, 4)), (11, (4, 4, 3)), (2, (1, 1))])

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +214,26 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
 # The driver
 
 
+def test_what_needs_a_model_is_refused_before_the_folder_is_touched(tmp_path):
+    with pytest.raises(ValueError, match="checkpoint is None, expected one for source 'chains'"):
+        evaluate_checkpoint(None, "prototypes", tmp_path / "new", QUICK)
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_any_template_nothing_is_matched(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "make_candidates", lambda species, **_: [[None] * 2 for _ in species])
+    settings = replace(QUICK, source="templates", n_steps=None)
+    scores = evaluate_checkpoint(None, "prototypes", tmp_path, settings).summary["scores"]
+    assert (scores["match_rate"], scores["n_missing"], scores["n_predictions"]) == (0, 6, 6)
+
+
+def test_a_damaged_file_of_energies_is_named(tmp_path):
+    write_samples(tmp_path, "x", [cesium_chloride()])
+    (tmp_path / "x" / "energies.json").write_text("{")
+    with pytest.raises(ValueError, match=r"x/energies\.json is damaged"):
+        read_samples(tmp_path, ["x"], n_jobs=1, progress=False)
+
+
 def test_a_checkpoint_is_scored_once_and_again_from_its_files(checkpoint, tmp_path, monkeypatch):
     first = evaluate_checkpoint(checkpoint, "prototypes", tmp_path, QUICK)
     assert len(list(tmp_path.glob("*/*.cif"))) == 6
@@ -312,13 +333,9 @@ def test_wrong_settings_are_named(options, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"), [({"checkpoint": None}, "model is None"), ({"dataset": "x"}, "name='x'")]
-)
-def test_wrong_arguments_are_named(checkpoint, tmp_path, options, message):
-    arguments = {"checkpoint": checkpoint, "dataset": "prototypes", "output_dir": tmp_path, "settings": QUICK} | options
-    with pytest.raises(ValueError, match=message):
-        evaluate_checkpoint(**arguments)
+def test_an_unknown_data_set_is_named(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="name='x'"):
+        evaluate_checkpoint(checkpoint, "x", tmp_path, QUICK)
 
 
 def test_methods_are_called_what_they_are(checkpoint, training, tmp_path):

@@ -97,7 +97,7 @@ def test_score_matching_gradient():
 def test_updates(objective: str):
     energy = replace(NOISY if objective == "score_matching" else SMALL, spectral_norm=False)
     chain = AnnealConfig(5, step_first=0.01)
-    config = replace(preset("perov5", objective)[1], n_updates=3, batch_size=2, chain=chain, buffer_share=0.5)
+    config = replace(preset("perov5", objective)[1], n_updates=3, batch_size=2, chain=chain)
     crystals, states = random_batch(), []
     for model in on_both(small_model(energy)):
         states.append(TrainState(model, config))

@@ -679,6 +679,8 @@ def test_an_unknown_proposal_is_refused():
     state = mala_init(volume_energy, batch_of(np.eye(3)[None] * 3, np.zeros((1, 1, 3)), 1))
     with pytest.raises(ValueError, match="proposal is 'langevin', expected 'cartesian' or 'strain'"):
         mala_step(volume_energy, state, torch.ones(1, 2), torch.ones(1), generator(), "langevin")
+    with pytest.raises(ValueError, match="measure is 'invarient', expected one of cartesian, invariant"):
+        mala_step(volume_energy, state, torch.ones(1, 2), torch.ones(1), generator(), measure="invarient")
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from contsp_core.app.prediction import (
     read_pattern,
     write_prediction,
 )
+from contsp_core.checkpoints import save_checkpoint
 from contsp_core.csp.candidates import TemplateLibrary, space_group, standardise
 from contsp_core.data import load_split
 from contsp_core.energy import ContinuousCGCNN, EnergyConfig
@@ -204,9 +205,10 @@ def test_crystals_with_atoms_too_close_rank_below_the_others_and_are_marked(mode
     assert found.table["too close"].tolist() == [False, True]
     assert found.table["energy"].tolist() == [0.0, -99.0]
     assert predict(model, "NaCl", replace(QUICK, n_samples=1, n_best=1)).best == [sound]
-    for ascending in (True, False):
-        assert found.ranked_by("xrd", [0.5, 0.5], ascending).best == [sound, crowded]
-        assert found.ranked_by("xrd", [0.9, 0.1], ascending).best == [sound, crowded]
+    for agreements in ([0.5, 0.5], [0.9, 0.1], [0.1, 0.9]):
+        values = iter(agreements)
+        monkeypatch.setattr("contsp_core.app.prediction.agreement", lambda *_, values=values: next(values))
+        assert found.compared(np.zeros((1, 2))).best == [sound, crowded]
     assert "too close: atoms nearer than 0.6 of the sum of their covalent radii" in found.summary()
 
     class Flat(Calculator):
@@ -300,6 +302,10 @@ def test_a_pattern_may_be_a_csv_file_with_a_header(tmp_path):
     rows = measure(ROCK_SALT)
     pd.DataFrame(rows, columns=["2theta", "counts"]).to_csv(tmp_path / "measured.csv", index=False)
     np.testing.assert_allclose(read_pattern(tmp_path / "measured.csv"), rows)
+    text = "\n".join(f"{angle:.3f};{count:.4f}".replace(".", ",") for angle, count in rows)
+    for separator in (";", " ", "\t"):  # where a comma stands before decimals
+        (tmp_path / "measured.xy").write_text(text.replace(";", separator))
+        np.testing.assert_allclose(read_pattern(tmp_path / "measured.xy"), rows, atol=1e-3)
 
 
 def test_a_measured_pattern_tells_structures_apart_and_forgives_a_wrong_volume():
@@ -474,6 +480,7 @@ def test_a_formula_that_fails_does_not_stop_the_others(tmp_path, capsys):
         (["NaCl", "--n-units", "101"], "has 202 atoms, expected ≤ 200"),
         (["NaCl", "--n-units", "0"], "n_units is"),
         (["NaCl", "--n-samples", "0"], "n_samples is 0"),
+        (["NaCl", "--n-jobs", "0"], "n_jobs is 0, expected -1 (all cores) or an integer ≥ 1"),
         (["NaCl", "--minutes", "-1"], "minutes is -1"),
         (["NaCl", "--checkpoint", "nowhere"], "checkpoint is 'nowhere'"),
         (["NaCl", "--calculator", "nowhere"], "calculator"),
@@ -526,6 +533,14 @@ def test_an_energy_is_audited(tmp_path, capsys):
     assert "jump" not in done.out
     with pytest.raises(SystemExit, match=r"nowhere\.cif' cannot be read as a crystal"):
         cli.main(["audit", str(tmp_path / "nowhere.cif")])
+    with pytest.raises(SystemExit, match=r"error: No EMT-potential for C[ls]"):
+        cli.main(["audit", str(other), "--calculator", "ase.calculators.emt:EMT"])
+
+
+def test_a_checkpoint_without_its_data_set_is_evaluated_on_a_named_one_only(model, tmp_path):
+    nameless = str(save_checkpoint(tmp_path / "nameless.safetensors", model, {}))
+    with pytest.raises(SystemExit, match=r"nameless\.safetensors' does not say its data set, expected --dataset"):
+        cli.main(["evaluate", nameless])
 
 
 def test_training_is_one_of_the_commands():

@@ -39,6 +39,9 @@ def test_each_entry_gets_its_atoms_and_the_energy_of_each_structure(model):
             assert structure.properties["energy"] == pytest.approx(energy, rel=1e-3, abs=1e-3)
     matrices = {structure.lattice.matrix.tobytes() for structures in results for structure in structures}
     assert len(matrices) == 9  # all different
+    again = sample_structures(model, ["NaCl", "NaCl"], n_samples=1, n_steps=2)
+    again[0][0].properties["mine"] = True
+    assert "mine" not in again[1][0].properties  # equal entries get the same crystals, each its own
 
 
 def test_the_same_seed_gives_the_same_structures_and_another_seed_others(model):

@@ -86,9 +86,9 @@ def chains(monkeypatch) -> list[dict]:
     """Records the start and the end of every batch of chains."""
     seen, anneal = [], training.anneal
 
-    def record(energy, crystals, config, rng, on_step, start):
-        state = anneal(energy, crystals, config, rng, on_step, start)
-        seen.append({"initial": crystals, "start": start, "final": state.crystals})
+    def record(energy, crystals, config, rng, on_step):
+        state = anneal(energy, crystals, config, rng, on_step)
+        seen.append({"initial": crystals, "final": state.crystals})
         return state
 
     monkeypatch.setattr(training, "anneal", record)
@@ -185,30 +185,6 @@ def test_a_step_leaves_the_model_as_it_was_but_for_the_gradient():
     contrastive_divergence_step(model, cubic_crystals([3.0, 4.0], torch.float32), SHORT, make_rng())
     assert model.training and all(parameter.requires_grad for parameter in model.parameters())
     assert all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in model.parameters())
-
-
-# Buffer of samples
-
-
-def test_buffered_chains_start_at_the_last_sample_further_down_the_schedule(chains):
-    model, crystals = VolumeModel(3.0), cubic_crystals([3.0])
-    config, buffer = replace(SHORT, buffer_share=1.0, buffer_start=0.4, expand_p=1.0), {}
-    first = contrastive_divergence_step(model, crystals, config, make_rng(0), buffer, update=0)
-    second = contrastive_divergence_step(model, crystals, config, make_rng(1), buffer, update=5)
-    assert (first["buffer_share"], second["buffer_share"], second["buffer_age"]) == (0, 1, 5)
-    assert chains[0]["start"].tolist() == [0] and chains[1]["start"].tolist() == pytest.approx([0.4])
-    assert torch.equal(chains[1]["initial"].cell, chains[0]["final"].cell)
-    assert buffer.keys() == {(84,)} and torch.equal(buffer[(84,)][0].cell, chains[1]["final"].cell)
-    contrastive_divergence_step(model, cubic_crystals([3.0, 4.0]), replace(config, expand_p=1e-3), make_rng(1), buffer)
-    assert chains[2]["start"].tolist() == [0, 0]  # other species
-
-
-def test_without_a_share_the_buffer_is_not_used(chains):
-    buffer = {}
-    for update in range(2):
-        contrastive_divergence_step(VolumeModel(3.0), cubic_crystals([3.0]), SHORT, make_rng(0), buffer, update)
-    assert torch.equal(chains[0]["initial"].cell, chains[1]["initial"].cell)
-    assert not buffer
 
 
 # One update
@@ -389,7 +365,7 @@ def tiny_job(output: Path, objective: str = "score_matching", **changes) -> Job:
     """Six updates with a model of a few hundred weights."""
     names = set(Job.__dataclass_fields__) & set(changes)
     options = {name: changes.pop(name) for name in names}
-    config = replace(CONFIGS[objective], **({"n_updates": 6, "batch_size": 4, "buffer_share": 0.5} | changes))
+    config = replace(CONFIGS[objective], **({"n_updates": 6, "batch_size": 4} | changes))
     energy = replace(ENERGIES[objective], width=4, n_basis=4, n_conv=1, n_fc=2, cutoff_multiple=2.0)
     return Job("prototypes", output, energy, config, **({"n_structures": 6} | options))
 
@@ -401,7 +377,7 @@ def log_of(job: Job) -> list[dict[str, str]]:
 
 
 def assert_same_result(job: Job, other: Job) -> None:
-    """Weights, averaged weights, optimiser, buffer and log are equal to the last bit."""
+    """Weights, averaged weights, optimiser and log are equal to the last bit."""
     (tensors, _), (expected, _) = read_tensors(job.state), read_tensors(other.state)
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
@@ -832,7 +808,7 @@ CASES = [(objective, batch_size) for objective in OBJECTIVES for batch_size in (
 
 def updates_of(objective: str, batch_size: int) -> tuple[list[dict[str, float]], TrainState]:
     """Four updates in double precision on seven crystals: the last batch of an epoch is smaller than the others."""
-    config = replace(CONFIGS[objective], batch_size=batch_size, buffer_share=0.5, max_atoms=4)
+    config = replace(CONFIGS[objective], batch_size=batch_size, max_atoms=4)
     crystals = prototypes(7).to(torch.float64)
     state = TrainState(initial_model(crystals, ENERGIES[objective], 0).double(), config)
     return [train_step(state, crystals, config, progress=0.0) for _ in range(4)], state
@@ -845,7 +821,7 @@ def work(rank: int, folder: str) -> None:
     found = []
     for case in CASES:
         rows, state = updates_of(*case)
-        found.append((rows, state.averaged.state_dict(), sorted(state.buffer)))
+        found.append((rows, state.averaged.state_dict()))
     torch.save(found, Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -853,11 +829,11 @@ def work(rank: int, folder: str) -> None:
 def test_two_processes_compute_what_one_does(tmp_path):
     torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    for (rows, weights, buffer), (other_rows, other_weights, other_buffer), case in zip(*results, CASES):
+    for (rows, weights), (other_rows, other_weights), case in zip(*results, CASES):
         expected_rows, state = updates_of(*case)
-        assert rows == other_rows and buffer == other_buffer == sorted(state.buffer), case
+        assert rows == other_rows, case
         for row, expected in zip(rows, expected_rows, strict=True):
-            assert row == pytest.approx(expected, rel=1e-7, abs=1e-9), case
+            assert row == pytest.approx(expected, rel=1e-6, abs=1e-9), case  # rates are in float32
         for name, tensor in state.averaged.state_dict().items():
             assert torch.equal(weights[name], other_weights[name]), (case, name)
             torch.testing.assert_close(weights[name], tensor, rtol=1e-8, atol=1e-9, msg=f"{case} {name}")

@@ -21,7 +21,7 @@ from pymatgen.core import Lattice, Structure
 
 from contsp_core.crystals import Crystals
 from contsp_core.data import one_line, retold
-from contsp_core.energy import ContinuousCGCNN, energy_and_gradient, strain_gradient
+from contsp_core.energy import ContinuousCGCNN, energy_and_gradient
 
 
 class ContinuousCalculator(Calculator):
@@ -55,9 +55,8 @@ class ContinuousCalculator(Calculator):
             raise ValueError(f"atoms.pbc is {unit.pbc.tolist()}, expected True in all three directions")
         crystals = Crystals.from_arrays(unit.cell.array[None], unit.positions, [unit.numbers], torch.float64)
         crystals = crystals.to(next(self.model.parameters()).device)
-        value, *gradient = energy_and_gradient(self.model, crystals)
-        strain = strain_gradient(crystals, *gradient)[0]
-        energy, forces = len(unit) * float(value), -len(unit) * gradient[1]
+        value, (strain,), gradient = energy_and_gradient(self.model, crystals)
+        energy, forces = len(unit) * float(value), -len(unit) * gradient
         stress = (len(unit) / unit.get_volume() * (strain + strain.T) / 2).cpu().numpy()
         self.results = {"energy": energy, "free_energy": energy, "forces": forces.cpu().numpy()}
         self.results["stress"] = full_3x3_to_voigt_6_stress(stress)

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(_parser().parse_args(given))
     try:
         options.pop("command")(**options)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise SystemExit(f"error: {' '.join(str(error).split())}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; what is on disk is complete") from None
@@ -130,7 +130,7 @@ def predict(
                 print(f"{formula}: warning: {name} failed on some crystals: {reason}", file=sys.stderr)
             if "calculator_energy" not in prediction.table and calculator:
                 raise ValueError(f"{name} failed on all crystals, which are in {folder} as they were found")
-        except (ValueError, OSError) as error:  # the other formulas do not wait for this one
+        except (ValueError, OSError, RuntimeError) as error:  # the other formulas do not wait for this one
             failed.append(formula)
             print(f"{formula}: error: {' '.join(str(error).split())}", file=sys.stderr)
             continue
@@ -176,7 +176,8 @@ def evaluate(
     from contsp_core.csp.metrics import score_table
 
     settings = EvaluationConfig(progress=True, **options)
-    dataset = dataset or str(read_settings(str(checkpoint))["dataset"])
+    if not (dataset := dataset or read_settings(str(checkpoint)).get("dataset")):
+        raise ValueError(f"checkpoint {checkpoint!r} does not say its data set, expected --dataset")
     output = output or Path("evaluations") / f"{Path(cifs or str(checkpoint)).stem}_{dataset}"
     if cifs is None:
         found = evaluate_checkpoint(checkpoint, dataset, output, settings)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import itertools
 import json
-import math
 import re
 import shutil
 import time
@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
@@ -24,15 +25,12 @@ from uuid import uuid4
 import numpy as np
 import pandas as pd
 import torch
-from ase.io import write
 from joblib import Parallel, delayed, effective_n_jobs
 from pymatgen.core import Element, Structure
-from pymatgen.io.ase import AseAtomsAdaptor
+from pymatgen.core.structure_matcher import StructureMatcher
 from pymatgen.io.cif import CifWriter
-from pymatgen.io.vasp.inputs import Poscar
 from tqdm.auto import tqdm
 
-from contsp_core.app.calculators import relax_and_rank
 from contsp_core.checkpoints import read_settings
 from contsp_core.crystals import MAX_ATOMIC_NUMBER, check_settings, reduce_species
 from contsp_core.csp.candidates import (
@@ -49,7 +47,7 @@ from contsp_core.csp.candidates import (
     with_energies,
 )
 from contsp_core.csp.figures import draw_crystals
-from contsp_core.csp.metrics import run_with_time_limit
+from contsp_core.csp.metrics import check_limits, run_with_time_limit
 from contsp_core.data import find_checkpoint, one_line, parse_formula, retold
 from contsp_core.energy import ContinuousCGCNN, portable
 from contsp_core.sampler import sample_structures
@@ -86,7 +84,8 @@ class PredictConfig:
     n_jobs: int = -1  # processes; -1: all cores
 
     def __post_init__(self) -> None:
-        check_settings(self, seed=(0, 2**62), n_jobs=(-1, math.inf))
+        check_limits(self.n_jobs)
+        check_settings(self, seed=(0, 2**62), n_jobs=(-1, 2**62))
         if self.n_units is not None and not all(type(n) is int and n > 0 for n in self.n_units or [0]):
             raise ValueError(f"n_units is {self.n_units}, expected a tuple of integers ≥ 1, or None")
 
@@ -106,16 +105,10 @@ class Prediction:
         """Of each group the crystal of lowest energy, among those that are not crowded if there are any."""
         return [group[0] for group in self.groups]
 
-    def ranked_by(self, name: str, values: Sequence[float], ascending: bool = True) -> Prediction:
-        """With another column that ranks the crystals, those without a value last."""
-        table = self.table.assign(**{name: values}).sort_values(name, ascending=ascending, kind="stable")
-        table = table.loc[sorted(table.index, key=lambda rank: is_crowded(self.best[rank - 1]))]
-        groups = [self.groups[rank - 1] for rank in table.index]
-        table.index = self.table.index
-        return replace(self, groups=groups, table=table)
-
     def relaxed(self, calculator: BaseCalculator) -> Prediction:
         """Relaxed and ranked by an ASE calculator, as by :func:`relax_and_rank`; its energy is in the table."""
+        from contsp_core.app.calculators import relax_and_rank
+
         numbered = [structure.copy() for structure in self.best]
         for place, structure in enumerate(numbered):
             structure.properties = structure.properties | {"place": place}  # copies share theirs
@@ -129,7 +122,12 @@ class Prediction:
 
     def compared(self, measured: np.ndarray) -> Prediction:
         """Ranked by the :func:`agreement` with a measured powder pattern, in the table as ``xrd``."""
-        return self.ranked_by("xrd", [agreement(structure, measured) for structure in self.best], ascending=False)
+        table = self.table.assign(xrd=[agreement(structure, measured) for structure in self.best])
+        table = table.sort_values("xrd", ascending=False, kind="stable")
+        table = table.loc[sorted(table.index, key=lambda rank: is_crowded(self.best[rank - 1]))]
+        groups = [self.groups[rank - 1] for rank in table.index]
+        table.index = self.table.index
+        return replace(self, groups=groups, table=table)
 
     def summary(self) -> str:
         """The table for a terminal."""
@@ -140,8 +138,7 @@ class Prediction:
 def plan(model: ContinuousCGCNN, formula: str, config: PredictConfig) -> tuple[list[list[int]], list[str]]:
     """Species of the cells that are tried, and what should make one doubt the answer.
 
-    Raises:
-        ValueError: on text that is no formula, or cells of more than 200 atoms.
+    A ValueError tells of text that is no formula, and of cells of more than 200 atoms.
     """
     unit = [number for number, count in reduce_species(parse_formula(formula)).items() for _ in range(count)]
     n_units = config.n_units or choose_units(model, unit)
@@ -215,8 +212,7 @@ def predict(
         progress: show a progress bar where standard error is a terminal.
         stop: asked before every ``ROUND`` chains of each size whether to end with what was found.
 
-    Raises:
-        ValueError: on text that is no formula, cells that are too large, a library that is missing, or nothing found.
+    Text that is no formula, cells that are too large, a library that is missing, and nothing found are a ValueError.
     """
     config, started = config or PredictConfig(), time.monotonic()
     species, doubted = plan(model, formula, config)
@@ -238,7 +234,6 @@ def predict(
             numbers = np.arange(first, min(first + round_, config.n_samples))
             parts = [part for part in np.array_split(numbers, max(n_jobs, len(numbers) // PART)) if len(part)]
             found = Parallel(n_jobs, return_as="generator")(work(part) for part in parts)
-            _prototypes()  # read while others sample
             shown = tqdm(found, "sampling", len(parts), disable=None if progress else True)
             made += itertools.chain.from_iterable(shown)
     if not made:
@@ -262,7 +257,6 @@ def predict(
 def tabulate(groups: list[list[Structure]], n_jobs: int = -1) -> pd.DataFrame:
     """The table of :func:`describe` with the names of prototypes, and what a calculator said."""
     table, best = describe(groups), [group[0] for group in groups]
-    _prototypes()  # here, for all processes: their time is limited
     names = run_with_time_limit(prototype, [(structure,) for structure in best], n_jobs, progress=False)
     table.insert(table.columns.get_loc("space group"), "prototype", [name or "" for name in names])
     for name in ("calculator_error", "calculator_converged", "calculator_energy"):
@@ -296,22 +290,24 @@ def _settle(model: ContinuousCGCNN, structures: list[Structure], source: str) ->
 
 
 @cache
-def _prototypes() -> Any:
-    """Made once, when first asked: the library takes seconds to read."""
-    matcher: Any = import_module("pymatgen.analysis.prototypes.matcher")
-    return matcher.PrototypeDatabaseMatcher(pd.DataFrame(matcher.AFLOW_PROTOTYPE_LIBRARY))
+def _prototypes() -> list[dict[str, Any]]:
+    """AFLOW's, as pymatgen has them on disk: it would take seconds to make structures of them all."""
+    package: Any = find_spec("pymatgen.analysis.prototypes")  # not imported
+    with gzip.open(Path(package.origin).with_name("aflow_prototypes.json.gz")) as file:
+        return json.load(file)
 
 
 def prototype(structure: Structure) -> str:
-    """Name and Strukturbericht symbol of the AFLOW prototype that a crystal has; empty if pymatgen knows none."""
-    found: list[Any] = []
-    with warnings.catch_warnings(action="ignore"), suppress(Exception):  # spglib and pymatgen fail in many ways
-        found = _prototypes().get_prototypes(structure) or []
-    number = space_group(structure).split("(")[-1].rstrip(")")
-    found = [entry for entry in found if entry["tags"]["aflow"].split("_")[2] == number]  # a match may be loose
+    """Name and Strukturbericht symbol of the AFLOW prototype that a crystal is nearest to; empty if it matches none."""
+    number, found = space_group(structure).split("(")[-1].rstrip(")"), list[tuple[float, dict]]()
+    for entry in _prototypes():
+        if entry["tags"]["aflow"].split("_")[2] == number:
+            with warnings.catch_warnings(action="ignore"), suppress(Exception):  # pymatgen fails in many ways
+                rms, _ = StructureMatcher().get_rms_anonymous(structure, Structure.from_dict(entry["snl"]))
+                found += [] if rms is None else [(rms, entry["tags"])]
     if not found:
         return ""
-    tags = found[0]["tags"]
+    tags = min(found, key=itemgetter(0))[1]
     known = [tags[name] for name in ("mineral", "strukturbericht", "aflow") if tags[name] not in (None, "", "None")]
     return known[0] if len(known) < 3 else f"{known[0]} ({known[1]})"
 
@@ -350,7 +346,9 @@ def agreement(structure: Structure, measured: np.ndarray) -> float:
 def read_pattern(path: str | Path) -> np.ndarray:
     """(n, 2) angles and counts from 5° to 90°, of a text file in columns; a ValueError tells of another content."""
     with retold(f"xrd file {str(path)!r} cannot be read", OSError, ValueError):
-        lines = re.sub("[,;]", " ", Path(path).read_text(encoding="utf-8", errors="replace")).splitlines()
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        text = re.sub(r"(?m)(?<=\d),(?=\d+[;\s]+\d)", ".", text)  # 10,02 107: a decimal comma
+        lines = re.sub("[,;]", " ", text).splitlines()
         rows = [line.split()[:2] for line in lines if re.match(r"\s*[-+\d.eE]+\s", line)]  # not a header
         measured = np.array(rows, dtype=float).reshape(-1, 2)
         measured = measured[(measured[:, 0] >= TWO_THETA[0]) & (measured[:, 0] <= TWO_THETA[1])]
@@ -375,9 +373,7 @@ def write_prediction(prediction: Prediction, folder: Path, origin: dict[str, Any
 
     ``candidates.csv``, ``.png`` and, for what made them, ``.json``. Of each crystal, by rank: CIF as found (P1) and
     symmetrised (at 0.1 Å), POSCAR and extended XYZ with energy, checkpoint and seed; the peaks of its powder pattern.
-
-    Raises:
-        FileExistsError: if there is something of this name, unless ``overwrite`` says to replace an earlier prediction.
+    What is there already, unless it is an earlier prediction and ``overwrite`` is true, is a FileExistsError.
     """
     check_replaceable(folder, overwrite)
     temporary, old = (folder.with_name(f".{folder.name}-{uuid4().hex}.{ending}") for ending in ("tmp", "old"))
@@ -411,6 +407,10 @@ def check_replaceable(folder: Path, overwrite: bool) -> None:
 
 
 def _write_crystal(structure: Structure, stem: Path, origin: dict[str, Any]) -> None:
+    from ase.io import write  # here: they take a second to load
+    from pymatgen.io.ase import AseAtomsAdaptor
+    from pymatgen.io.vasp.inputs import Poscar
+
     energy, relaxed = structure.properties["energy"], structure.properties.get("calculator_energy")
     both: dict[str, Any] = {"calculator_energy_per_atom": relaxed, "energy_before_relaxing": energy}
     label = {"energy_per_atom": energy} if relaxed is None else both

@@ -6,10 +6,9 @@ Chains, their starts, known crystals with elements exchanged, as made or descend
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -23,11 +22,12 @@ from pymatgen.core import Structure
 from pymatgen.core.structure_matcher import StructureMatcher
 from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
 
-from contsp_core.crystals import Crystals, Rngs, fit_atomic_volumes, keyed_rng, pack
+from contsp_core.crystals import Crystals, Rngs, fit_atomic_volumes, keyed_rng, pack, reduce_species
 from contsp_core.csp.metrics import is_valid_structure, run_with_time_limit
 from contsp_core.diffusion import DiffusionConfig
-from contsp_core.energy import ContinuousCGCNN, energy_and_gradient, strain_gradient
+from contsp_core.energy import ContinuousCGCNN, energy_and_gradient
 from contsp_core.lattice import apply_strain, niggli
+from contsp_core.mala import where
 from contsp_core.sampler import (
     assignments,
     element_distances,
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SOURCES = ("chains", "start", "start_descended", "templates", "templates_relaxed")
-WITHOUT_LIBRARY = ("chains", "start", "start_descended")
 WITHOUT_MODEL = ("templates",)
 N_STEPS = {"templates_relaxed": 20}  # energy gradients a candidate; what descends takes as many as a chain
 N_DESCENT = 60  # gradients from the end of a chain down its well
@@ -84,7 +83,7 @@ def make_candidates(
         raise ValueError(f"n_samples is {n_samples}, expected ≥ 1")
     if model is None and source not in WITHOUT_MODEL:
         raise ValueError(f"model is None, expected one for source {source!r}")
-    if library is None and source not in WITHOUT_LIBRARY:
+    if library is None and source.startswith("templates"):
         raise ValueError(f"library is None, expected the training crystals for source {source!r}")
     energy, templates = cast(ContinuousCGCNN, model), cast(TemplateLibrary, library)  # there, where the source needs it
     species = [tuple(sorted(map(int, numbers))) for numbers in species]
@@ -108,21 +107,14 @@ def make_candidates(
 
 
 class TemplateLibrary:
-    """Training crystals sorted by stoichiometry, ready for the exchange of elements.
-
-    Args:
-        training: a data split, or a sequence of pymatgen structures.
-
-    Attributes:
-        atomic_volumes: (101,) fitted to the training crystals, Å³.
-    """
+    """Training crystals, a data split or pymatgen structures, by stoichiometry: ready for the exchange of elements."""
 
     def __init__(self, training: Any) -> None:
         self.structures = list(getattr(training, "structures", training))
         if not self.structures:
             raise ValueError("training is empty, expected at least one crystal")
         crystals = Crystals.from_structures(self.structures, torch.float64)
-        self.atomic_volumes = fit_atomic_volumes(crystals).numpy()
+        self.atomic_volumes = fit_atomic_volumes(crystals).numpy()  # (101,), Å³
         groups: dict[tuple, list[tuple[int, list[int]]]] = defaultdict(list)
         for index, numbers in enumerate(crystals.species):
             elements, pattern = _pattern(numbers)
@@ -175,9 +167,8 @@ class TemplateLibrary:
 
 def _pattern(species: Sequence[int]) -> tuple[list[int], tuple[int, ...]]:
     """Elements in order of their counts, and these counts in lowest terms."""
-    counts = sorted(Counter(int(number) for number in species).items(), key=lambda item: (item[1], item[0]))
-    divisor = math.gcd(*(count for _, count in counts))
-    return [number for number, _ in counts], tuple(count // divisor for _, count in counts)
+    pairs = sorted((count, number) for number, count in reduce_species(species).items())
+    return [number for _, number in pairs], tuple(count for count, _ in pairs)
 
 
 def with_energies(model: ContinuousCGCNN, structures: Sequence[Structure]) -> list[Structure]:
@@ -232,27 +223,22 @@ def descend(
 
 def _descend(energy: Callable[..., Tensor], crystals: Crystals, n_steps: int, *level: Tensor) -> Crystals:
     def gradients(crystals: Crystals) -> tuple[Tensor, Tensor, Tensor]:
-        value, grad_cell, grad_positions = energy_and_gradient(energy, crystals, *level)
-        strain = strain_gradient(crystals, grad_cell, grad_positions)
-        return value, (strain + strain.mT) / 2, grad_positions
+        value, strain, positions = energy_and_gradient(energy, crystals, *level)
+        return value, (strain + strain.mT) / 2, positions
 
     value, strain, positions = gradients(crystals)
     step = torch.full_like(value, LARGEST_MOVE)
     for _ in range(n_steps - 1):
         norm = crystals.sum_atoms(positions.square().sum(dim=1)).sqrt()
         scale = step / torch.maximum(norm, 3 * strain.norm(dim=(1, 2))).clamp(min=1e-12)
-        moved = apply_strain(crystals, -scale[:, None, None] * strain)
-        tried = niggli(moved.replace(positions=moved.positions - crystals.to_atoms(scale)[:, None] * positions))
+        shift = -crystals.to_atoms(scale)[:, None] * positions
+        tried = niggli(apply_strain(crystals, -scale[:, None, None] * strain, shift))
         new = gradients(tried)
         better = new[0] < value
         step = torch.where(better, 1.2 * step, step / 2).clamp(max=LARGEST_MOVE)
-        per_atom, per_cell = crystals.to_atoms(better)[:, None], better[:, None, None]
-        crystals = crystals.replace(
-            cell=torch.where(per_cell, tried.cell, crystals.cell),
-            positions=torch.where(per_atom, tried.positions, crystals.positions),
-        )
-        value = torch.where(better, new[0], value)
-        strain, positions = torch.where(per_cell, new[1], strain), torch.where(per_atom, new[2], positions)
+        crystals, value = where(better, tried, crystals), torch.where(better, new[0], value)
+        strain = torch.where(better[:, None, None], new[1], strain)
+        positions = torch.where(crystals.to_atoms(better)[:, None], new[2], positions)
     return crystals
 
 
@@ -261,10 +247,8 @@ def rank_distinct(structures: Sequence[Structure], time_limit_s: float = 10.0) -
 
     Structures in which atoms overlap (closer than 0.5 Å) are dropped. Two are the same if ``StructureMatcher`` says so
     at its default tolerances (0.2, 0.3, 5°), whatever their volume and cell; each joins the group with the lowest
-    energy whose best one it matches. A comparison that exceeds the time limit (s) counts as different.
-
-    Raises:
-        ValueError: if nothing was given or a structure has no ``properties["energy"]``.
+    energy whose best one it matches. A comparison that exceeds the time limit (s) counts as different. It is a
+    ValueError if nothing was given or a structure has no ``properties["energy"]``.
     """
     if not structures or any("energy" not in structure.properties for structure in structures):
         raise ValueError("structures is empty or one has no properties['energy'], expected ≥ 1 structure, all with it")

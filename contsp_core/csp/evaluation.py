@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from contsp_core.checkpoints import load_model, read_settings
 from contsp_core.crystals import check_settings
-from contsp_core.csp.candidates import N_STEPS, SOURCES, TemplateLibrary, make_candidates, with_energies
+from contsp_core.csp.candidates import N_STEPS, SOURCES, WITHOUT_MODEL, TemplateLibrary, make_candidates, with_energies
 from contsp_core.csp.metrics import LISTS, check_limits, evaluate_csp, run_with_time_limit, spread
 from contsp_core.data import choose, find_checkpoint, load_split, parse_cifs, retold, write_whole
 from contsp_core.diffusion import DiffusionConfig
@@ -90,18 +90,15 @@ def evaluate_checkpoint(
     A second call makes only the samples that are missing. All cores are used, or those that joblib is told to use, for
     example by ``joblib.parallel_config(backend="dask")``; the result does not depend on it (but for rounding).
 
-    Args:
-        checkpoint: a bundled one by data set name, or a file; may be None for sources that need no model.
-        dataset: as for :func:`contsp_core.data.load_split`.
-        output_dir: made if missing.
-        settings: by default 20 chains for each test crystal.
-
-    Raises:
-        ValueError: on an unknown checkpoint or data set, or if the folder holds samples of other settings.
+    ``checkpoint`` is a bundled one by data set name, or a file, or None for sources that need no model; by default 20
+    chains are made for each test crystal. It is a ValueError if a checkpoint or data set is unknown, or if the folder,
+    which is made if missing, holds samples of other settings.
     """
     settings, model, chosen, record = _load(checkpoint, dataset, settings)
     source, folder, n_samples = settings.source, Path(output_dir), settings.n_samples or N_SAMPLES
     training = load_split(dataset, "train") if source.startswith("templates") else None
+    if model is None and source not in WITHOUT_MODEL:
+        raise ValueError(f"checkpoint is None, expected one for source {source!r}")
     n_steps, blob_id = _steps(source, model, settings.n_steps), training and training.source.blob_id
     record |= {"n_samples": n_samples, "n_steps": n_steps, "training_data": blob_id}
     compare_settings(folder, {name: value for name, value in record.items() if name != "n_structures"})
@@ -125,13 +122,8 @@ def evaluate_cifs(
 
     A file that is missing or cannot be read keeps its place as a sample that matches nothing.
 
-    Args:
-        cif_dir: read only; the results go to ``output_dir``.
-        checkpoint: if given, the energy of its judge chooses among the samples.
-        method: name in the summary.
-
-    Raises:
-        ValueError: if the folder is missing or holds no sample of the crystals chosen.
+    Results go to ``output_dir``, with the name of the ``method``. If a checkpoint is given, the energy of its judge
+    chooses among the samples. A folder that is missing, or has no sample of the crystals chosen, is a ValueError.
     """
     settings, model, chosen, record = _load(checkpoint, dataset, settings)
     record |= {"source": "cifs", "n_samples": settings.n_samples, "n_steps": None}
@@ -260,10 +252,8 @@ def _is_complete(own: Path) -> bool:
 
 def _energies(own: Path) -> dict[str, float | None]:
     path = own / ENERGIES
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, expected {{file name: energy}}")
-    return found
+    with retold(f"{path} is damaged", ValueError):
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def write_samples(folder: Path, material_id: str, structures: Sequence[Structure | None]) -> None:
@@ -291,8 +281,7 @@ def read_samples(
         n_samples: how many samples a crystal should have; by default the largest number found.
         limits: n_jobs, time_limit_s (of one file) and progress, as for :func:`run_with_time_limit`.
 
-    Raises:
-        ValueError: if the folder is missing or has no sample of these crystals, or a file's name is not a number.
+    A ValueError tells of a folder that is missing or has no sample of these crystals, and of a name that is no number.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"cif_dir is {str(folder)!r}, expected a folder with <material_id>/<sample number>.cif in it")
@@ -303,10 +292,11 @@ def read_samples(
                 raise ValueError(f"{path} has no number < 100000 as name, expected <material_id>/<sample number>.cif")
             if files.setdefault((row, int(path.stem)), path) != path:
                 raise ValueError(f"{path} has the number of {files[row, int(path.stem)].name}, expected different ones")
-    if not files:
+    if not files and not any((crystal_folder(folder, name) / ENERGIES).is_file() for name in material_ids):
         raise ValueError(f"cif_dir {str(folder)!r} has no <material_id>/<number>.cif, such as {material_ids[0]}/0.cif")
-    first = min(1, *(number for _, number in files))
-    n_samples = n_samples or max(number for _, number in files) - first + 1
+    numbers = [number for _, number in files] or [0]  # none: no crystal has a template
+    first = min(1, *numbers)
+    n_samples = n_samples or max(numbers) - first + 1
     samples: list[list[Structure | None]] = [[None] * n_samples for _ in material_ids]
     energies = [_energies(crystal_folder(folder, material_id)) for material_id in material_ids]
     wanted = {(row, number - first): path for (row, number), path in files.items() if number - first < n_samples}

@@ -86,10 +86,9 @@ def is_valid_structure(structure: Structure, charge_neutrality: bool = True) -> 
     Nearest images are compared, a site and its own images are not. DiffCSP also calls a crystal invalid for which no
     CrystalNN fingerprint can be computed; that is left out here.
     """
-    if not _has_volume(structure):
+    if not _has_volume(structure) or not structure.is_valid(MIN_DISTANCE):
         return False
-    distances = structure.distance_matrix[np.triu_indices(len(structure), 1)]
-    return bool((distances > MIN_DISTANCE).all()) and (not charge_neutrality or is_charge_neutral(structure.formula))
+    return not charge_neutrality or is_charge_neutral(structure.formula)
 
 
 class PairScore(NamedTuple):
@@ -121,7 +120,7 @@ def score_pair(prediction: Structure | None, reference: Structure) -> PairScore:
         return PairScore()
 
 
-def check_limits(n_jobs: int, time_limit_s: float) -> None:
+def check_limits(n_jobs: int, time_limit_s: float = 1.0) -> None:
     """A ValueError unless ``n_jobs`` is −1 (all cores) or an integer ≥ 1, and the time limit positive."""
     if not isinstance(n_jobs, int) or (n_jobs < 1 and n_jobs != -1):
         raise ValueError(f"n_jobs is {n_jobs!r}, expected -1 (all cores) or an integer ≥ 1")
@@ -176,11 +175,8 @@ def run_with_time_limit(
 ) -> list[Any]:
     """``function(*task)`` for every task, in processes that die when a call exceeds the limit; ``n_jobs`` work at once.
 
-    Returns:
-        One result per task, in order; None where a task exceeded the limit or killed its process.
-
-    Raises:
-        ValueError: on a wrong limit or ``n_jobs``; and whatever ``function`` raises.
+    One result per task, in order; None where a task exceeded the limit or killed its process. Raised are a ValueError
+    on a wrong limit or ``n_jobs``, and whatever ``function`` raises.
     """
     check_limits(n_jobs, time_limit_s)
     answer, sizes = partial(_answer_all, function, time_limit_s), [1] * len(tasks)
@@ -248,8 +244,7 @@ def evaluate_csp(
         summary adds up, rms_best (NaN: no match), best_index (-1: no match); lists with an entry per prediction: rms,
         strict, valid, energy; and pool_rms, one such list of rms for each reference of the same composition.
 
-    Raises:
-        ValueError: if the inputs are empty, differ in length or type, or material ids are missing or repeated.
+    Inputs that are empty or differ in length or type, and material ids missing or repeated, are a ValueError.
     """
     references, predictions = list(references), [list(candidates) for candidates in predictions]
     index = pd.Index(range(len(references)) if material_ids is None else list(material_ids), name="material_id")
@@ -395,10 +390,8 @@ def _matrix(lists: Sequence[Sequence[float]]) -> np.ndarray:
 def bootstrap_interval(values: np.ndarray, seed: int = 0, n_resamples: int = 1000) -> tuple[np.ndarray, np.ndarray]:
     """95 % percentile bootstrap interval of the mean of those values that are not NaN: lower and upper end.
 
-    It has no width if all values agree (a rate of 0 or 1), which says nothing about the uncertainty.
-
-    Args:
-        values: (references,) or (references, columns); references are resampled, the same ones in all columns.
+    It has no width if all values agree (a rate of 0 or 1), which says nothing about the uncertainty. Resampled are the
+    references of ``values`` (references,) or (references, columns), the same ones in all columns.
 
     Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), Chapter 13.
     """

@@ -88,7 +88,7 @@ def crystal_widget(structure: Structure, size: str = "420px") -> Any:
     view._add_shape(shapes, name=structure.composition.reduced_formula)
     if hulls[1:]:
         view._add_shape([hulls], name="coordination polyhedra")
-        view.update_representation(component=1, opacity=HULL_OPACITY, side="double")
+        view.update_representation(component=1, opacity=HULL_OPACITY, side="double", disable_picking=True)
     view.stage.set_parameters(clip_dist=0, fog_near=60)
     distance = 1.08 * radius / math.sin(math.radians(FIELD_OF_VIEW / 2))  # a sphere of this radius just fits
     view._remote_call("distance", target="viewerControls", args=[-distance])
