@@ -1,7 +1,7 @@
 # Every target makes its own .venv when there is none, from the pins in requirements.txt.
 #
 #   make demo      train and evaluate on the bundled crystals, figures; predict with a bundled checkpoint (minutes)
-#   make test      all tests, and every notebook executed again and compared (pytest --nbval)
+#   make test      all tests, and every notebook executed again and compared (pytest --nbval, in two processes)
 #   make test-gpu  what runs on a GPU against the numbers of the CPU, and the table of speeds
 #   make soak      a million steps of each sampler, an hour of fuzzing; SOAK_STEPS=10000 SOAK_SECONDS=60 for less
 #   make train-perov5, make evaluate-perov5 (also mp20, mpts52; train-mp): the long jobs
@@ -17,7 +17,7 @@ SYSTEM_PYTHON := $(shell python3.11 -c "import sys; print(sys.executable)" 2>/de
 BIN := $(CURDIR)/.venv/bin
 INSTALLED := .venv/.installed
 PIP_ARGS ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile
 SEED ?= 0
 N_STRUCTURES ?= None
 N_SAMPLES ?= 20
@@ -62,13 +62,13 @@ test: $(INSTALLED)
 	$(BIN)/pytest --nbval $(PYTEST_ARGS)
 
 test-gpu: $(INSTALLED)
-	$(BIN)/pytest -rs tests/test_gpu.py $(PYTEST_ARGS)
+	$(BIN)/pytest -rs tests/test_gpu.py
 	$(BIN)/pytest tests/benchmarks -o addopts= --benchmark-only -q
 
 # Without atheris, which has no wheel for some machines, the readers are left out.
 soak: $(INSTALLED)
 	-$(BIN)/python -m pip install --disable-pip-version-check -q atheris==3.0.0
-	$(BIN)/pytest -s -rs -m soak tests/test_soak.py $(PYTEST_ARGS)
+	$(BIN)/pytest -s -rs -m soak tests/test_soak.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -33,6 +33,7 @@ from contsp_core.csp.views import is_live, view_crystal
 from contsp_core.data import CHECKPOINTS, load_split, one_line
 
 # a link that looks like a button, also where the style sheet of JupyterLab is not at hand
+HELD_BACK_S = 0.5  # in which what was typed while the kernel was busy arrives: the browser sends it after the click
 BUTTON = "display:inline-block;padding:4px 14px;border-radius:3px;background:#1f6f8b;color:white;text-decoration:none"
 
 
@@ -56,12 +57,13 @@ def show_form(formula: str = "SrTiO3", checkpoint: str = "mp20") -> None:
     async def answer() -> None:
         button.disabled, result.children = True, ()
         stopped.clear()
+        await asyncio.sleep(HELD_BACK_S)
         try:
             config = PredictConfig(source.value, n_samples.value, confidence=CALIBRATED.get(model.value))
             energy = load_model(model.value)
             sizes, doubts = plan(energy, text.value, config)
             doubted = [f"<b>{doubt}</b>" for doubt in doubts]
-            message.value = "<br>".join([f"searching {describe_cells(energy, sizes)} …", *doubted])
+            message.value = "<br>".join([f"searching {text.value} in {describe_cells(energy, sizes)} …", *doubted])
             stop.disabled = False
             library = None
             if config.source != "chains":
@@ -71,7 +73,7 @@ def show_form(formula: str = "SrTiO3", checkpoint: str = "mp20") -> None:
             doubted += [TOO_CLOSE] if "too close" in prediction.table else []
             origin = provenance(model.value, config, prediction)
             end = " until it was stopped" if stopped.is_set() else ""
-            message.value = "<br>".join([f"{prediction.n_made} candidates{end}", *doubted])
+            message.value = "<br>".join([f"{prediction.formula}: {prediction.n_made} candidates{end}", *doubted])
             result.children = (_table(prediction), _viewer(prediction), _download(prediction, origin))
         except Exception as error:  # whatever it is, it is told where someone looks
             message.value = f"<b style='color:#b00'>{html.escape(one_line(error))}</b>"

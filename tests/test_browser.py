@@ -158,9 +158,12 @@ def test_the_predicted_crystal_is_drawn_turns_and_has_labels(lab, browser):
     after = picture(canvas, KEPT / "after.png")
     assert np.abs(after - before).mean() > 5
     oxygen = np.argwhere((after[..., 0] > 200) & (after[..., 1:] < 60).all(axis=2))
-    row, column = oxygen[len(oxygen) // 2] - np.array(after.shape[:2]) // 2
-    ActionChains(browser).move_to_element_with_offset(canvas, int(column), int(row)).pause(1).perform()
-    wait_for(lambda: re.search(r"O \(atom \d+\)", browser.page_source), 20, "label under the mouse")
+    labels = ""
+    for row, column in oxygen[:: len(oxygen) // 8] - np.array(after.shape[:2]) // 2:
+        ActionChains(browser).move_to_element_with_offset(canvas, int(column), int(row)).pause(1).perform()
+        labels += browser.page_source  # of an atom, or of the polyhedron in front of it
+    assert re.search(r">O \(atom \d\)<", labels)
+    assert re.search(r"Ti \(atom \d\), \d bonds of \d\.\d\d – \d\.\d\d Å \(polyhedron\)<", labels)
     browser.save_screenshot(str(KEPT / "turned.png"))
     use_the_form(browser)
 

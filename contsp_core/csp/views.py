@@ -8,6 +8,8 @@ import json
 import math
 import sys
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -52,12 +54,12 @@ def import_nglview() -> ModuleType:
     return nglview
 
 
-def crystal_shapes(structure: Structure) -> tuple[list[tuple], tuple, float]:
+def crystal_shapes(structure: Structure) -> tuple[list[tuple], list[tuple], float]:
     """What NGL is to draw, centred: spheres for the atoms, cylinders for bonds and the edges of the cell.
 
     Returns:
-        Tuples of shape, place (Å), colour, radius (Å) and the label shown by the mouse; a mesh of
-        :func:`coordination_shells`, corners and colours in a row each; the radius of all that is solid, Å.
+        Tuples of shape, place (Å), colour, radius (Å) and the label shown by the mouse; a mesh for the hull of each of
+        :func:`coordination_shells`, with corners and colours in a row each, and a label; the radius of the first, Å.
     """
     from ase.data import chemical_symbols, covalent_radii
     from ase.data.colors import jmol_colors
@@ -76,8 +78,13 @@ def crystal_shapes(structure: Structure) -> tuple[list[tuple], tuple, float]:
         name = f"cell: {np.linalg.norm(stop - start):.2f} Å"
         shapes.append(("cylinder", start.tolist(), stop.tolist(), [0.25] * 3, EDGE_RADIUS, name))
     corners = np.linalg.norm(drawing.edges - center, axis=-1).max()
-    mesh = [((face - center) * TO_NGL, [colors[atom]] * 3) for atom, face in drawing.faces]
-    hulls = ("mesh", *(np.ravel(part).tolist() for part in zip(*mesh)))
+    hulls = list[tuple]()
+    for atom, faces in groupby(drawing.faces, itemgetter(0)):
+        mesh = np.array([face for _, face in faces])
+        bonds = np.linalg.norm(np.unique(mesh.reshape(-1, 3), axis=0) - drawing.positions[atom], axis=1)
+        name = f"{names[atom]}, {len(bonds)} bonds of {bonds.min():.2f} – {bonds.max():.2f} Å"
+        places, shades = ((mesh - center) * TO_NGL).ravel().tolist(), np.tile(colors[atom], 3 * len(mesh)).tolist()
+        hulls.append(("mesh", places, shades, list(range(3 * len(mesh))), [], name))  # normals are found by NGL
     return shapes, hulls, float(max(corners, (np.linalg.norm(points, axis=1) + radii).max()))
 
 
@@ -86,9 +93,9 @@ def crystal_widget(structure: Structure, size: str = "420px") -> Any:
     view = import_nglview().NGLWidget()
     shapes, hulls, radius = crystal_shapes(structure)
     view._add_shape(shapes, name=structure.composition.reduced_formula)
-    if hulls[1:]:
-        view._add_shape([hulls], name="coordination polyhedra")
-        view.update_representation(component=1, opacity=HULL_OPACITY, side="double", disable_picking=True)
+    if hulls:
+        view._add_shape(hulls, name="polyhedron")
+        view.update_representation(component=1, opacity=HULL_OPACITY, side="double")
     view.stage.set_parameters(clip_dist=0, fog_near=60)
     distance = 1.08 * radius / math.sin(math.radians(FIELD_OF_VIEW / 2))  # a sphere of this radius just fits
     view._remote_call("distance", target="viewerControls", args=[-distance])
