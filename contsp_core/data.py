@@ -14,6 +14,7 @@ import operator
 import os
 import re
 import reprlib
+import unicodedata
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -323,6 +324,7 @@ def parse_formula(text: str) -> list[int]:
     from pymatgen.core import Composition, Element
 
     known = {symbol for symbol, element in Element.__members__.items() if element.Z <= MAX_ATOMIC_NUMBER}
+    text = unicodedata.normalize("NFKC", text) if isinstance(text, str) else text  # SrTiO₃
     symbols = re.findall("[A-Z][a-z]*", str(text).replace("@", ""))
     unknown = [symbol for symbol in symbols if symbol not in known]
     counts: Mapping[Any, float] = {}

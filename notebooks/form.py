@@ -62,18 +62,19 @@ def show_form(formula: str = "SrTiO3", checkpoint: str = "mp20") -> None:
             config = PredictConfig(source.value, n_samples.value, confidence=CALIBRATED.get(model.value))
             energy = load_model(model.value)
             sizes, doubts = plan(energy, text.value, config)
-            doubted = [f"<b>{doubt}</b>" for doubt in doubts]
-            message.value = "<br>".join([f"searching {text.value} in {describe_cells(energy, sizes)} …", *doubted])
+            doubted = "".join(f"<br><b>{doubt}</b>" for doubt in doubts)
+            message.value = f"searching {html.escape(text.value)}: {describe_cells(energy, sizes)} …{doubted}"
             stop.disabled = False
             library = None
             if config.source != "chains":
                 library = TemplateLibrary(load_split(read_settings(model.value)["dataset"], "train"))
             # in a thread, so that the kernel hears Stop
             prediction = await asyncio.to_thread(predict, energy, text.value, config, library, stop=stopped.is_set)
-            doubted += [TOO_CLOSE] if "too close" in prediction.table else []
+            said = [f"<b>{doubt}</b>" for doubt in prediction.doubts]
+            said += [TOO_CLOSE] if "too close" in prediction.table else []
             origin = provenance(model.value, config, prediction)
             end = " until it was stopped" if stopped.is_set() else ""
-            message.value = "<br>".join([f"{prediction.formula}: {prediction.n_made} candidates{end}", *doubted])
+            message.value = "<br>".join([f"{prediction.formula}: {prediction.n_made} candidates{end}", *said])
             result.children = (_table(prediction), _viewer(prediction), _download(prediction, origin))
         except Exception as error:  # whatever it is, it is told where someone looks
             message.value = f"<b style='color:#b00'>{html.escape(one_line(error))}</b>"

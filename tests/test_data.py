@@ -577,6 +577,10 @@ def test_formula_is_read_in_the_order_written(text: str, expected: list[int]) ->
     assert parse_formula(text) == expected
 
 
+def test_subscripts_are_digits():
+    assert parse_formula("SrTiO₃") == parse_formula("SrTiO3")
+
+
 @pytest.mark.parametrize(
     "text", ["", " ", "Ba0.5TiO3", "Hello", "MdO", "X2", "NaCl0", "Ba(TiO3", "H1000001", "Na-1", None, 3]
 )

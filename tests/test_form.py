@@ -35,6 +35,24 @@ def button(shown, name):
     return found
 
 
+async def type_late(shown):
+    """Press Predict before the browser has sent what was typed, and wait for the end."""
+    button(shown, "Predict").click()
+    await asyncio.sleep(0.1)
+    next(part for part in shown if isinstance(part, widgets.Text)).value = "KBr"
+    while not button(shown, "Predict").disabled:
+        await asyncio.sleep(0.01)
+    while button(shown, "Predict").disabled:
+        await asyncio.sleep(0.01)
+
+
+def test_what_was_typed_before_the_button_is_searched_even_if_it_arrives_later(shown, monkeypatch):
+    searched = []
+    monkeypatch.setattr(form, "predict", lambda _, formula, *rest, **more: searched.append(formula))
+    asyncio.run(asyncio.wait_for(type_late(shown), 60))
+    assert searched == ["KBr"]
+
+
 async def press_both(shown):
     """Predict, then Stop while the search runs; wait for the end."""
     go, halt = button(shown, "Predict"), button(shown, "Stop")

@@ -112,8 +112,7 @@ def test_templates_are_counted_for_each_size_of_cell(model):
         for place, n in enumerate((1, 2)):
             counts[place] += amounts == [n, n] and sorted(numbers) != sorted(NACL * n)
     assert 0 < counts[1] < counts[0]
-    expected = f"cells of 2 atoms ({counts[0]} templates), 4 atoms ({counts[1]} templates), 38 atoms (0 templates);"
-    assert describe_cells(model, [NACL, NACL * 2, NACL * 19]).startswith(expected)
+    assert describe_cells(model, [NACL, NACL * 2, NACL * 19]).endswith(f": 2 ({counts[0]}), 4 ({counts[1]}), 38 (0)")
 
 
 # What is found
@@ -182,7 +181,7 @@ def test_confidence_ranks_cells_of_one_size_and_energy_others(model, monkeypatch
 
 def test_a_stop_ends_the_search_after_the_batch_in_progress_and_changes_no_sample(model, monkeypatch):
     monkeypatch.setattr("contsp_core.app.prediction.prototype", space_group)  # a name in less time
-    monkeypatch.setattr("contsp_core.app.prediction.N_DESCENT", 2)
+    monkeypatch.setattr("contsp_core.csp.candidates.N_DESCENT", 2)
     monkeypatch.setattr("contsp_core.app.prediction.N_CALIBRATED", 9)
     monkeypatch.setattr(model, "sampling", replace(model.sampling, n_steps=2))
     config = PredictConfig(n_samples=24, n_units=(1,), n_jobs=1, confidence=(1.0, 2.0, -1.0))
@@ -298,6 +297,9 @@ def measure(structure, background=30.0):
     return np.column_stack([angles, counts + background])
 
 
+COUNTED = [(10.0 + step, 100 + step) for step in range(50)]
+
+
 def test_a_pattern_may_be_a_csv_file_with_a_header(tmp_path):
     rows = measure(ROCK_SALT)
     pd.DataFrame(rows, columns=["2theta", "counts"]).to_csv(tmp_path / "measured.csv", index=False)
@@ -306,6 +308,8 @@ def test_a_pattern_may_be_a_csv_file_with_a_header(tmp_path):
     for separator in (";", " ", "\t"):  # where a comma stands before decimals
         (tmp_path / "measured.xy").write_text(text.replace(";", separator))
         np.testing.assert_allclose(read_pattern(tmp_path / "measured.xy"), rows, atol=1e-3)
+    (tmp_path / "measured.xy").write_text("\n".join(f"{angle:.1f},{count}" for angle, count in COUNTED))
+    np.testing.assert_allclose(read_pattern(tmp_path / "measured.xy"), COUNTED)
 
 
 def test_a_measured_pattern_tells_structures_apart_and_forgives_a_wrong_volume():
@@ -352,7 +356,7 @@ def test_each_crystal_is_written_in_four_formats_that_agree_and_name_what_made_t
             assert StructureMatcher(scale=False).get_rms_dist(read, structure)[0] < 1e-3
             assert "checkpoint prototypes, seed 0" in path.read_text().splitlines()[0]
         atoms = ase.io.read(stem.with_suffix(".extxyz"))
-        assert atoms.info["energy_per_atom"] == pytest.approx(structure.properties["energy"], abs=1e-6)
+        assert atoms.info["learned_energy_per_atom"] == pytest.approx(structure.properties["energy"], abs=1e-6)
         assert atoms.cell.volume == pytest.approx(structure.volume, rel=1e-5)
         symmetrised = Structure.from_file(written / f"{stem.name}_symmetrised.cif")
         assert space_group(symmetrised) == table.loc[rank, "space group"]
@@ -379,9 +383,14 @@ def test_a_folder_appears_whole_or_not_at_all(prediction, tmp_path, monkeypatch)
     write_prediction(prediction, folder, origin)
     with pytest.raises(FileExistsError, match="exists; --resume leaves it out"):
         write_prediction(prediction, folder, origin)
-    (folder / "old").touch()
+    (folder / "99_NaCl.cif").touch()  # of a longer table
     write_prediction(prediction, folder, origin, overwrite=True)
-    assert not (folder / "old").exists()
+    assert not (folder / "99_NaCl.cif").exists()
+    for mine in ("notes.txt", "01_NaCl_relaxed.cif"):
+        (folder / mine).touch()
+        with pytest.raises(FileExistsError, match=f"has '{mine}', which no prediction made: move it away first"):
+            write_prediction(prediction, folder, origin, overwrite=True)
+        (folder / mine).unlink()
     assert list(tmp_path.iterdir()) == [folder]
     with monkeypatch.context() as patch:
         patch.setattr("contsp_core.app.prediction.contact_sheet", fail)
@@ -414,7 +423,8 @@ def test_formulas_of_a_file_are_predicted_and_resumed(tmp_path, capsys):
     assert "FrCl: warning: no training crystal has Fr" in done.err
     assert "space group" in done.out
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*.csv")}
-    run(capsys, "predict", str(table), "KBr", *QUICKLY, "--output", str(output), "--resume")
+    done = run(capsys, "predict", str(table), "KBr", *QUICKLY, "--output", str(output), "--resume")
+    assert f"NaCl: kept as it is in {output}/NaCl/" in done.err
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (output / "KBr" / "candidates.csv").is_file()
 

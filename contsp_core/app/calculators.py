@@ -29,12 +29,8 @@ class ContinuousCalculator(Calculator):
 
     The learned energy E is per atom and dimensionless. ASE expects an extensive energy, so ``energy`` is n_atoms · E;
     ``forces`` (Å⁻¹) are minus its gradient, ``stress`` (Å⁻³) its derivative by the strain divided by the volume. With
-    noise levels E is read at the model's ``noise_default``. All is computed in float64, by a copy of the model.
-
-    Args:
-        model: from :func:`contsp_core.load_model`.
-
-    A ValueError tells of atoms that are not periodic in all directions.
+    noise levels E is read at the model's ``noise_default``. All is computed in float64, by a copy of the model. Atoms
+    that are not periodic in all directions are a ValueError.
     """
 
     def __init__(self, model: ContinuousCGCNN, **kwargs: Any) -> None:

@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(_parser().parse_args(given))
     try:
         options.pop("command")(**options)
+    except ModuleNotFoundError as error:
+        raise SystemExit(f'error: {error}; pip install "contsp_core[analysis]" brings what the commands need') from None
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise SystemExit(f"error: {' '.join(str(error).split())}") from None
     except KeyboardInterrupt:
@@ -108,11 +110,14 @@ def predict(
     calculator = name and load_calculator(name)
     measured = None if pattern is None else made.read_pattern(pattern)
     missing = [formula for formula in names if not (resume and (output / formula / made.MADE_BY).is_file())]
+    for formula in sorted(set(names) - set(missing)):
+        print(f"{formula}: kept as it is in {output / formula}/", file=sys.stderr)
     for formula in missing:
         made.check_replaceable(output / formula, overwrite)
     with retold(f"output {str(output)!r} cannot be written", OSError):
         output.mkdir(parents=True, exist_ok=True)
-    needs_library = config.source != "chains"
+    if needs_library := config.source != "chains":
+        print("reading the training crystals …", file=sys.stderr)
     library = TemplateLibrary(load_split(read_settings(checkpoint)["dataset"], "train")) if needs_library else None
     failed = []
     for formula in missing:
@@ -126,6 +131,8 @@ def predict(
             prediction = prediction.relaxed(calculator) if calculator else prediction
             prediction = prediction if measured is None else prediction.compared(measured)
             folder = made.write_prediction(prediction, output / formula, origin, overwrite)
+            for doubt in prediction.doubts[len(doubts) :]:
+                print(f"{formula}: warning: {doubt}", file=sys.stderr)
             for reason in dict.fromkeys(filter(None, prediction.table.get("calculator_error", []))):
                 print(f"{formula}: warning: {name} failed on some crystals: {reason}", file=sys.stderr)
             if "calculator_energy" not in prediction.table and calculator:
@@ -136,7 +143,7 @@ def predict(
             continue
         print(f"\n{formula} ({prediction.n_made} candidates, {folder}/):\n{prediction.summary()}")
     if failed:
-        raise ValueError(f"{', '.join(failed)} failed, for the reasons above; the others are in {output}")
+        raise ValueError(f"{', '.join(failed)} failed, for the reasons above; what was found is in {output}")
 
 
 def read_formulas(entries: Sequence[str]) -> list[str]:

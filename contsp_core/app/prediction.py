@@ -33,19 +33,7 @@ from tqdm.auto import tqdm
 
 from contsp_core.checkpoints import read_settings
 from contsp_core.crystals import MAX_ATOMIC_NUMBER, check_settings, reduce_species
-from contsp_core.csp.candidates import (
-    CLOSEST,
-    N_DESCENT,
-    TemplateLibrary,
-    descend,
-    describe,
-    is_crowded,
-    make_candidates,
-    rank_distinct,
-    space_group,
-    standardise,
-    with_energies,
-)
+from contsp_core.csp import candidates
 from contsp_core.csp.figures import draw_crystals
 from contsp_core.csp.metrics import check_limits, run_with_time_limit
 from contsp_core.data import find_checkpoint, one_line, parse_formula, retold
@@ -63,7 +51,9 @@ ROUND = 8  # chains of each size between two looks at the clock
 CALIBRATED = {"mp20": (2.039, 1.664, -3.693)}  # bundled checkpoint -> parameters of confidence
 N_CALIBRATED = 20  # chains for which they were fitted; fewer agree by chance, more were not tried
 MADE_BY = "candidates.json"
-TOO_CLOSE = f"too close: atoms nearer than {CLOSEST} of the sum of their covalent radii; ranked below those without"
+TOO_CLOSE = f"too close: atoms nearer than {candidates.CLOSEST} of the sum of their covalent radii; they come last"
+UNITS = "energy: learned, per atom, no unit; density: g/cm³; V/atom: Å³; shortest, a, b, c: Å; atoms: in a, b, c"
+WRITTEN = re.compile(r"candidates\.(csv|json|png)|\d+_[A-Za-z0-9]+(_symmetrised|_xrd)?\.(cif|vasp|extxyz|csv)")
 PEAK_WIDTH = 0.2  # standard deviation of a peak of a simulated powder pattern, degrees
 STRETCHES = np.linspace(0.94, 1.06, 49)  # of the lattice, tried when a pattern is compared
 TWO_THETA = (5.0, 90.0)  # degrees, Cu Kα
@@ -96,7 +86,7 @@ class Prediction:
 
     formula: str
     groups: list[list[Structure]]  # of equal crystals, each sorted by energy, crowded ones last
-    table: pd.DataFrame  # a row a group: describe, with confidence and prototype
+    table: pd.DataFrame  # a row a group: candidates.describe, with confidence and prototype
     n_made: int
     doubts: list[str]
 
@@ -112,7 +102,7 @@ class Prediction:
         numbered = [structure.copy() for structure in self.best]
         for place, structure in enumerate(numbered):
             structure.properties = structure.properties | {"place": place}  # copies share theirs
-        found = sorted(relax_and_rank(numbered, calculator, n_best=len(numbered)), key=is_crowded)
+        found = sorted(relax_and_rank(numbered, calculator, n_best=len(numbered)), key=candidates.is_crowded)
         places = [structure.properties.pop("place") for structure in found]
         groups = [[structure, *self.groups[place][1:]] for structure, place in zip(found, places)]
         table = tabulate(groups)
@@ -124,7 +114,7 @@ class Prediction:
         """Ranked by the :func:`agreement` with a measured powder pattern, in the table as ``xrd``."""
         table = self.table.assign(xrd=[agreement(structure, measured) for structure in self.best])
         table = table.sort_values("xrd", ascending=False, kind="stable")
-        table = table.loc[sorted(table.index, key=lambda rank: is_crowded(self.best[rank - 1]))]
+        table = table.loc[sorted(table.index, key=lambda rank: candidates.is_crowded(self.best[rank - 1]))]
         groups = [self.groups[rank - 1] for rank in table.index]
         table.index = self.table.index
         return replace(self, groups=groups, table=table)
@@ -132,7 +122,7 @@ class Prediction:
     def summary(self) -> str:
         """The table for a terminal."""
         text = self.table.drop(columns=["α", "β", "γ", "at 0.01 Å", "at 0.3 Å"]).round(3).to_string()
-        return f"{text}\n{TOO_CLOSE}" if "too close" in self.table else text
+        return "\n".join([text, UNITS, *([TOO_CLOSE] if "too close" in self.table else ())])
 
 
 def plan(model: ContinuousCGCNN, formula: str, config: PredictConfig) -> tuple[list[list[int]], list[str]]:
@@ -152,8 +142,8 @@ def describe_cells(model: ContinuousCGCNN, species: Sequence[Sequence[int]]) -> 
     counts, sizes = _training_counts(model), []
     for own in (np.bincount(numbers, minlength=MAX_ATOMIC_NUMBER + 1) for numbers in species):
         alike = (np.sort(counts, axis=1) == np.sort(own)).all(axis=1) & (counts != own).any(axis=1)
-        sizes.append(f"{own.sum()} atoms ({alike.sum()} templates)")
-    return f"cells of {', '.join(sizes)}; templates: other training crystals of this stoichiometry and size"
+        sizes.append(f"{own.sum()} ({alike.sum()})")
+    return f"atoms in a cell (and training crystals of this stoichiometry and size): {', '.join(sizes)}"
 
 
 def choose_units(model: ContinuousCGCNN, unit: Sequence[int]) -> tuple[int, ...]:
@@ -196,7 +186,7 @@ def predict(
     model: ContinuousCGCNN,
     formula: str,
     config: PredictConfig | None = None,
-    library: TemplateLibrary | None = None,
+    library: candidates.TemplateLibrary | None = None,
     progress: bool = False,
     stop: Callable[[], bool] | None = None,
 ) -> Prediction:
@@ -221,7 +211,7 @@ def predict(
     made: list[Structure] = []
     if config.source != "chains":
         options = dict[str, Any](model=model, library=library)
-        for found in make_candidates("templates_relaxed", species, config.n_samples, config.seed, **options):
+        for found in candidates.make_candidates("templates_relaxed", species, config.n_samples, config.seed, **options):
             made += _settle(model, [structure for structure in found if structure is not None], "templates")
     if config.source != "templates":
         work, n_jobs = delayed(partial(_run, portable(model), species, config)), effective_n_jobs(config.n_jobs)
@@ -239,10 +229,11 @@ def predict(
     if not made:
         problem = "was stopped too early" if stop and stop() else "has no template; source 'chains' needs none"
         raise ValueError(f"formula {formula!r} {problem}: nothing was found")
-    if not (groups := rank_distinct(made)):
+    if not (groups := candidates.rank_distinct(made)):
         raise ValueError(f"formula {formula!r}: atoms overlap in all of {len(made)} candidates, expected one without")
-    groups = [sorted(group, key=is_crowded) for group in groups]  # the volume does not count when they are compared
-    sound, chances = np.array([not is_crowded(group[0]) for group in groups]), np.zeros(len(groups))
+    # the volume does not count when they are compared
+    groups = [sorted(group, key=candidates.is_crowded) for group in groups]
+    sound, chances = np.array([not candidates.is_crowded(group[0]) for group in groups]), np.zeros(len(groups))
     energies, counts = np.array([(group[0].properties["energy"], len(group)) for group in groups]).T
     as_calibrated = config.source == "chains" and config.n_steps is None and len(made) >= N_CALIBRATED and not doubted
     if config.confidence and as_calibrated and len(species) == 1 and sound.any():
@@ -251,18 +242,20 @@ def predict(
     table = tabulate(kept := [groups[i] for i in order[: config.n_best]], config.n_jobs)
     if chances.any():
         table.insert(1, "confidence", chances[order[: config.n_best]])
+    if len(groups) == len(made):
+        doubted.append("no crystal was found twice: more chains would find others")
     return Prediction(formula, kept, table, len(made), doubted)
 
 
 def tabulate(groups: list[list[Structure]], n_jobs: int = -1) -> pd.DataFrame:
     """The table of :func:`describe` with the names of prototypes, and what a calculator said."""
-    table, best = describe(groups), [group[0] for group in groups]
+    table, best = candidates.describe(groups), [group[0] for group in groups]
     names = run_with_time_limit(prototype, [(structure,) for structure in best], n_jobs, progress=False)
     table.insert(table.columns.get_loc("space group"), "prototype", [name or "" for name in names])
     for name in ("calculator_error", "calculator_converged", "calculator_energy"):
         if any(name in structure.properties for structure in best):
             table.insert(1, name, [structure.properties.get(name) for structure in best])
-    if any(crowded := [is_crowded(structure) for structure in best]):
+    if any(crowded := [candidates.is_crowded(structure) for structure in best]):
         table.insert(1, "too close", crowded)
     return table
 
@@ -283,7 +276,8 @@ def _run(
 
 def _settle(model: ContinuousCGCNN, structures: list[Structure], source: str) -> list[Structure]:
     """Further down their wells, with energy and source."""
-    settled = with_energies(model.judge, descend(model, structures, N_DESCENT)) if structures else []
+    settled = candidates.descend(model, structures, candidates.N_DESCENT)
+    settled = candidates.with_energies(model.judge, settled)
     for structure in settled:
         structure.properties["source"] = source
     return settled
@@ -299,7 +293,7 @@ def _prototypes() -> list[dict[str, Any]]:
 
 def prototype(structure: Structure) -> str:
     """Name and Strukturbericht symbol of the AFLOW prototype that a crystal is nearest to; empty if it matches none."""
-    number, found = space_group(structure).split("(")[-1].rstrip(")"), list[tuple[float, dict]]()
+    number, found = candidates.space_group(structure).split("(")[-1].rstrip(")"), list[tuple[float, dict]]()
     for entry in _prototypes():
         if entry["tags"]["aflow"].split("_")[2] == number:
             with warnings.catch_warnings(action="ignore"), suppress(Exception):  # pymatgen fails in many ways
@@ -333,7 +327,7 @@ def agreement(structure: Structure, measured: np.ndarray) -> float:
     The lattice may be stretched by up to 6 %, as predicted lattices are off by some per cent, and the lowest count is
     taken for the background.
     """
-    peaks, (angles, counts) = powder_pattern(standardise(structure)), measured.T
+    peaks, (angles, counts) = powder_pattern(candidates.standardise(structure)), measured.T
     sines, heights = np.sin(np.radians(peaks["two_theta"].to_numpy() / 2)), peaks["intensity"].to_numpy()
     counts, best = (counts - counts.min()) / np.linalg.norm(counts - counts.min()), 0.0
     for stretch in STRETCHES:
@@ -347,8 +341,8 @@ def read_pattern(path: str | Path) -> np.ndarray:
     """(n, 2) angles and counts from 5° to 90°, of a text file in columns; a ValueError tells of another content."""
     with retold(f"xrd file {str(path)!r} cannot be read", OSError, ValueError):
         text = Path(path).read_text(encoding="utf-8", errors="replace")
-        text = re.sub(r"(?m)(?<=\d),(?=\d+[;\s]+\d)", ".", text)  # 10,02 107: a decimal comma
-        lines = re.sub("[,;]", " ", text).splitlines()
+        decimal = re.search(r"\d,\d+[; \t]+\d", text)  # 10,02 107
+        lines = text.replace(",", "." if decimal else " ").replace(";", " ").splitlines()
         rows = [line.split()[:2] for line in lines if re.match(r"\s*[-+\d.eE]+\s", line)]  # not a header
         measured = np.array(rows, dtype=float).reshape(-1, 2)
         measured = measured[(measured[:, 0] >= TWO_THETA[0]) & (measured[:, 0] <= TWO_THETA[1])]
@@ -404,6 +398,8 @@ def check_replaceable(folder: Path, overwrite: bool) -> None:
         raise FileExistsError(f"output {str(folder)!r} exists; --resume leaves it out, --overwrite replaces it")
     if folder.is_symlink() or (folder.exists() and not (folder / MADE_BY).is_file()):
         raise FileExistsError(f"output {str(folder)!r} has no {MADE_BY}: only an earlier prediction is replaced")
+    if others := [path.name for path in folder.glob("*") if not WRITTEN.fullmatch(path.name)]:
+        raise FileExistsError(f"output {str(folder)!r} has {others[0]!r}, which no prediction made: move it away first")
 
 
 def _write_crystal(structure: Structure, stem: Path, origin: dict[str, Any]) -> None:
@@ -412,11 +408,11 @@ def _write_crystal(structure: Structure, stem: Path, origin: dict[str, Any]) -> 
     from pymatgen.io.vasp.inputs import Poscar
 
     energy, relaxed = structure.properties["energy"], structure.properties.get("calculator_energy")
-    both: dict[str, Any] = {"calculator_energy_per_atom": relaxed, "energy_before_relaxing": energy}
-    label = {"energy_per_atom": energy} if relaxed is None else both
+    both: dict[str, Any] = {"calculator_energy_eV_per_atom": relaxed, "learned_energy_before_relaxing": energy}
+    label = {"learned_energy_per_atom": energy} if relaxed is None else both
     label |= {"checkpoint": origin["checkpoint"], "seed": origin["settings"]["seed"]}
     comment = ", ".join(f"{name} {value}" for name, value in label.items())
-    symmetric, name = standardise(structure), structure.composition.reduced_formula
+    symmetric, name = candidates.standardise(structure), structure.composition.reduced_formula
     with warnings.catch_warnings(action="ignore"):  # of elements without electronegativity
         for ending, writer in (("", CifWriter(structure)), ("_symmetrised", CifWriter(symmetric, symprec=0.1))):
             stem.with_name(f"{stem.name}{ending}.cif").write_text(f"# {comment}\n{writer}")
@@ -431,7 +427,7 @@ def _write_crystal(structure: Structure, stem: Path, origin: dict[str, Any]) -> 
 def contact_sheet(prediction: Prediction, n: int = 4) -> Figure:
     """The best n crystals side by side in their conventional cells."""
     titles = [f"{rank}: {group}" for rank, group in prediction.table["space group"].head(n).items()]
-    return draw_crystals([standardise(structure) for structure in prediction.best[:n]], titles)
+    return draw_crystals([candidates.standardise(structure) for structure in prediction.best[:n]], titles)
 
 
 def confidence(energies: np.ndarray, shares: np.ndarray, parameters: Sequence[float]) -> np.ndarray:

@@ -302,8 +302,8 @@ def describe(groups: Sequence[Sequence[Structure]]) -> pd.DataFrame:
 
     Returns:
         Columns ``energy`` (dimensionless), ``found`` (times) and, if the structures name their source, how often each
-        source found it, ``space group`` (spglib, at 0.1 Å) and those at 0.01 and 0.3 Å, ``atoms`` (of the cell found),
-        ``density`` (g/cm³), ``V/atom`` (Å³), ``shortest`` distance of two atoms (Å), and of the conventional cell
+        source found it, ``space group`` (spglib, at 0.1 Å) and those at 0.01 and 0.3 Å, ``density``
+        (g/cm³), ``V/atom`` (Å³), ``shortest`` distance of two atoms (Å), and of the conventional cell ``atoms``,
         ``a``, ``b``, ``c`` (Å), ``α``, ``β``, ``γ`` (degrees); the index ``rank`` starts at 1.
     """
     sources = sorted({structure.properties.get("source", "") for group in groups for structure in group} - {""})
@@ -313,9 +313,10 @@ def describe(groups: Sequence[Sequence[Structure]]) -> pd.DataFrame:
         row = {"energy": best.properties["energy"], "found": len(group)}
         row |= {source: made_by.count(source) for source in sources}
         row |= {"space group": space_group(best)} | {f"at {limit} Å": space_group(best, limit) for limit in (0.01, 0.3)}
-        row |= {"atoms": len(best), "density": float(best.density), "V/atom": best.volume / len(best)}
+        standard = standardise(best)
+        row |= {"atoms": len(standard), "density": float(best.density), "V/atom": best.volume / len(best)}
         row |= {"shortest": shortest_distance(best)}
-        rows.append(row | dict(zip(("a", "b", "c", "α", "β", "γ"), standardise(best).lattice.parameters)))
+        rows.append(row | dict(zip(("a", "b", "c", "α", "β", "γ"), standard.lattice.parameters)))
     return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="rank"))
 
 
