@@ -59,7 +59,7 @@ demo: $(INSTALLED)
 	@echo "Executed notebooks:"; ls demo/*.ipynb | sed 's/^/  /'
 
 test: $(INSTALLED)
-	$(BIN)/pytest --nbval $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --nbval $(PYTEST_ARGS)
 
 test-gpu: $(INSTALLED)
 	$(BIN)/pytest -rs tests/test_gpu.py
