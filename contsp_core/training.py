@@ -130,10 +130,10 @@ def _sample(model: Any, species: list[list[int]], config: TrainConfig, rng: Rngs
     energy = copy.deepcopy(model).eval().requires_grad_(False)  # chains need no gradient in θ, and leave it alone
     starts = random_crystals(species, rng, model.config.reference_density)
     starts, accepted = starts.to((weight := next(model.parameters())).device).to(weight.dtype), list[Tensor]()
-    state = anneal(energy, starts, config.chain, rng, lambda _, new: accepted.append(new.accepted.float()))
+    state = anneal(energy, starts, config.chain, rng, lambda _, new: accepted.append(new.accepted.double()))
     rates = torch.stack(accepted).mean(dim=0)
-    row = {"acceptance_rate": rates.mean().item(), "stuck_share": (rates == 0).float().mean().item()}
-    return state.crystals, row | {"nonfinite_rate": state.n_nonfinite.float().mean().item() / len(accepted)}
+    row = {"acceptance_rate": rates.mean().item(), "stuck_share": (rates == 0).double().mean().item()}
+    return state.crystals, row | {"nonfinite_rate": state.n_nonfinite.double().mean().item() / len(accepted)}
 
 
 def initial_model(crystals: Crystals, energy: EnergyConfig, seed: int, sampling: Any = None) -> ContinuousCGCNN:

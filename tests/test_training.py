@@ -833,7 +833,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
         expected_rows, state = updates_of(*case)
         assert rows == other_rows, case
         for row, expected in zip(rows, expected_rows, strict=True):
-            assert row == pytest.approx(expected, rel=1e-6, abs=1e-9), case  # rates are in float32
+            assert row == pytest.approx(expected, rel=1e-7, abs=1e-9), case
         for name, tensor in state.averaged.state_dict().items():
             assert torch.equal(weights[name], other_weights[name]), (case, name)
             torch.testing.assert_close(weights[name], tensor, rtol=1e-8, atol=1e-9, msg=f"{case} {name}")
