@@ -163,7 +163,7 @@ def test_the_predicted_crystal_is_drawn_turns_and_has_labels(lab, browser):
         ActionChains(browser).move_to_element_with_offset(canvas, int(column), int(row)).pause(1).perform()
         labels += browser.page_source  # of an atom, or of the polyhedron in front of it
     assert re.search(r">O \(atom \d\)<", labels)
-    assert re.search(r"Ti \(atom \d\), \d bonds of \d\.\d\d – \d\.\d\d Å \(polyhedron\)<", labels)
+    assert re.search(r"Ti \(atom \d\), \d corners at \d\.\d\d – \d\.\d\d Å \(polyhedron\)<", labels)
     browser.save_screenshot(str(KEPT / "turned.png"))
     use_the_form(browser)
 

@@ -43,6 +43,7 @@ from contsp_core.energy import ContinuousCGCNN, EnergyConfig
 
 NACL, SRTIO3 = [11, 17], [38, 22, 8, 8, 8]
 ROCK_SALT = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+CAESIUM = Structure(Lattice.cubic(3.5), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
 QUICK = PredictConfig(n_samples=3, n_steps=6, n_units=(1, 2), n_jobs=1, n_best=3)
 
 
@@ -226,6 +227,15 @@ def test_crystals_with_atoms_too_close_rank_below_the_others_and_are_marked(mode
 
     assert found.relaxed(Flat()).table["calculator_energy"].tolist() == [1.0, -49.5]
     assert "too close" not in prediction.table and "too close" not in prediction.summary()
+
+
+@pytest.mark.parametrize(("found", "alone"), [([CAESIUM, ROCK_SALT], True), ([ROCK_SALT, ROCK_SALT, CAESIUM], False)])
+def test_a_search_that_found_nothing_twice_says_so(model, monkeypatch, found, alone):
+    monkeypatch.setattr("contsp_core.app.prediction.prototype", space_group)  # a name in less time
+    made = [Structure.from_sites(list(structure), properties={"energy": 0.0}) for structure in found]
+    monkeypatch.setattr("contsp_core.app.prediction._settle", lambda *_: [*made, overlapping()])  # that one is dropped
+    doubted = predict(model, "NaCl", replace(QUICK, n_samples=1)).doubts
+    assert any("no crystal was found twice" in doubt for doubt in doubted) is alone
 
 
 def test_nothing_but_overlapping_atoms_is_an_error_that_says_so(model, monkeypatch):
@@ -551,6 +561,12 @@ def test_a_checkpoint_without_its_data_set_is_evaluated_on_a_named_one_only(mode
     nameless = str(save_checkpoint(tmp_path / "nameless.safetensors", model, {}))
     with pytest.raises(SystemExit, match=r"nameless\.safetensors' does not say its data set, expected --dataset"):
         cli.main(["evaluate", nameless])
+
+
+def test_a_package_that_is_missing_is_told_with_the_extra_that_brings_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pymatgen.core", None)
+    with pytest.raises(SystemExit, match=r"error: .*the extra contsp_core\[analysis\] has what the commands need"):
+        cli.main(["predict", "NaCl", "--checkpoint", "prototypes"])
 
 
 def test_training_is_one_of_the_commands():

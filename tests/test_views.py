@@ -51,7 +51,7 @@ def test_shapes_are_the_atoms_bonds_and_edges_with_labels():
     assert {tuple(corner) for corner in np.round(np.reshape(hulls[0][1], (-1, 3)), 6)} == oxygen  # the octahedron
     titanium = next(sphere[2] for sphere in spheres if sphere[-1].startswith("Ti"))
     np.testing.assert_array_equal(np.reshape(hulls[0][2], (-1, 3)), [titanium] * 8 * 3)  # a colour for each corner
-    assert [hull[-1] for hull in hulls] == ["Ti (atom 1), 6 bonds of 1.95 – 1.95 Å"]
+    assert [hull[-1] for hull in hulls] == ["Ti (atom 1), 6 corners at 1.95 – 1.95 Å"]
     reach = max(np.linalg.norm(shape[1]) + shape[3] for shape in spheres)
     assert radius == pytest.approx(reach) == pytest.approx(3.905 * 3**0.5 / 2 + RADIUS_SCALE * 1.95, rel=1e-3)
 

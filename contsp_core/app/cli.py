@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options.pop("command")(**options)
     except ModuleNotFoundError as error:
-        raise SystemExit(f'error: {error}; pip install "contsp_core[analysis]" brings what the commands need') from None
+        raise SystemExit(f"error: {error}; the extra contsp_core[analysis] has what the commands need") from None
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise SystemExit(f"error: {' '.join(str(error).split())}") from None
     except KeyboardInterrupt:

@@ -242,7 +242,7 @@ def predict(
     table = tabulate(kept := [groups[i] for i in order[: config.n_best]], config.n_jobs)
     if chances.any():
         table.insert(1, "confidence", chances[order[: config.n_best]])
-    if len(groups) == len(made):
+    if counts.max() == 1:
         doubted.append("no crystal was found twice: more chains would find others")
     return Prediction(formula, kept, table, len(made), doubted)
 

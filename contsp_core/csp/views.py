@@ -81,8 +81,8 @@ def crystal_shapes(structure: Structure) -> tuple[list[tuple], list[tuple], floa
     hulls = list[tuple]()
     for atom, faces in groupby(drawing.faces, itemgetter(0)):
         mesh = np.array([face for _, face in faces])
-        bonds = np.linalg.norm(np.unique(mesh.reshape(-1, 3), axis=0) - drawing.positions[atom], axis=1)
-        name = f"{names[atom]}, {len(bonds)} bonds of {bonds.min():.2f} – {bonds.max():.2f} Å"
+        reach = np.linalg.norm(np.unique(mesh.reshape(-1, 3), axis=0) - drawing.positions[atom], axis=1)
+        name = f"{names[atom]}, {len(reach)} corners at {reach.min():.2f} – {reach.max():.2f} Å"
         places, shades = ((mesh - center) * TO_NGL).ravel().tolist(), np.tile(colors[atom], 3 * len(mesh)).tolist()
         hulls.append(("mesh", places, shades, list(range(3 * len(mesh))), [], name))  # normals are found by NGL
     return shapes, hulls, float(max(corners, (np.linalg.norm(points, axis=1) + radii).max()))
