@@ -23,6 +23,8 @@ from contsp_core.sampler import sample_structures
 
 FORMULA, NUMBER, SEED, N_STEPS = "Ti2O4", 2, 1, 60
 CELL = Structure(Lattice.orthorhombic(3, 4, 5), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+SITES = [[0.5, 0.5, 0.5], [0, 0, 0], [0.5, 0, 0], [0, 0.5, 0], [0, 0, 0.5]]
+PEROVSKITE = Structure(Lattice.cubic(3.9), ["Sr", "Ti", "O", "O", "O"], SITES)  # an octahedron at each corner
 
 
 @pytest.fixture(scope="module")
@@ -186,19 +188,24 @@ def test_slider_page_holds_the_frames_and_asks_for_nothing_else(recorded, tmp_pa
     assert any(np.allclose(atom[2:], corner, atol=2e-3) for atom in titanium)  # at the origin
 
 
-def test_static_view_draws_what_the_still_draws_and_has_it_for_pages_without_scripts():
-    page = player.view_static(CELL)._repr_html_()
-    assert page == player.view_static(CELL)._repr_html_()  # the same bytes in each run
-    assert page.count('<img alt="crystal of Na1 Cl1" src="data:image/png;base64,iVBOR') == 1
+@pytest.mark.parametrize(("cell", "n_faces"), [(CELL, 0), (PEROVSKITE, 8 * 8)])
+def test_static_view_draws_what_the_still_draws_and_has_it_for_pages_without_scripts(cell, n_faces):
+    page = player.view_static(cell)._repr_html_()
+    assert page == player.view_static(cell)._repr_html_()  # the same bytes in each run
+    assert page.count(f'<img alt="crystal of {cell.formula}" src="data:image/png;base64,iVBOR') == 1
     assert re.findall(r"https?:|href=", page) == []
-    film, drawing = content(page), lay_out(CELL)
+    film, drawing = content(page), lay_out(cell, polyhedra=True)
     (frame,) = film["frames"]
     middle = drawing.edges.mean(axis=(0, 1))
     np.testing.assert_allclose([atom[2:] for atom in frame["atoms"]], drawing.positions - middle, atol=1e-3)
     np.testing.assert_allclose(frame["edges"], drawing.edges - middle, atol=1e-3)
     assert frame["bonds"] == drawing.bonds.tolist()
-    reach = np.linalg.norm(drawing.positions - middle, axis=1).max() + film["kinds"][0]["radius"]
-    assert film["reach"] == pytest.approx(reach)
+    assert len(frame["faces"]) == n_faces
+    for (atom, corners), (inside, expected) in zip(frame["faces"], drawing.faces, strict=True):
+        assert atom == inside
+        np.testing.assert_allclose(corners, expected - middle, atol=1e-3)
+    radii = np.array([film["kinds"][atom[0]]["radius"] for atom in frame["atoms"]])
+    assert film["reach"] == pytest.approx((np.linalg.norm(drawing.positions - middle, axis=1) + radii).max())
 
 
 def test_text_of_a_page_cannot_end_its_data():

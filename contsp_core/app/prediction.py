@@ -424,10 +424,11 @@ def _write_crystal(structure: Structure, stem: Path, origin: dict[str, Any]) -> 
     powder_pattern(symmetric).to_csv(stem.with_name(f"{stem.name}_xrd.csv"), index=False, float_format="%.4f")
 
 
-def contact_sheet(prediction: Prediction, n: int = 4) -> Figure:
-    """The best n crystals side by side in their conventional cells."""
+def contact_sheet(prediction: Prediction, n: int = 10) -> Figure:
+    """The best n crystals side by side in their conventional cells, with polyhedra."""
     titles = [f"{rank}: {group}" for rank, group in prediction.table["space group"].head(n).items()]
-    return draw_crystals([candidates.standardise(structure) for structure in prediction.best[:n]], titles)
+    cells = [candidates.standardise(structure) for structure in prediction.best[:n]]
+    return draw_crystals(cells, titles, n_columns=5, polyhedra=True)
 
 
 def confidence(energies: np.ndarray, shares: np.ndarray, parameters: Sequence[float]) -> np.ndarray:

@@ -243,7 +243,9 @@ def draw_crystal(
 
 
 @styled
-def draw_crystals(structures: Sequence[Structure], titles: Sequence[str] | None = None, n_columns: int = 4) -> Figure:
+def draw_crystals(
+    structures: Sequence[Structure], titles: Sequence[str] | None = None, n_columns: int = 4, polyhedra: bool = False
+) -> Figure:
     """Still pictures of several crystals on a grid; ``titles`` replace the formulas."""
     if not len(structures):
         raise ValueError("structures is empty, expected at least one structure")
@@ -252,7 +254,7 @@ def draw_crystals(structures: Sequence[Structure], titles: Sequence[str] | None 
     n_columns = min(n_columns, len(structures))
     figure, axes = new_figure(-(-len(structures) // n_columns), n_columns, size=(2.5, 2.7))
     for ax, structure, title in itertools.zip_longest(axes.flat, structures, titles or []):
-        draw_crystal(structure, ax, title) if structure else ax.axis("off")
+        draw_crystal(structure, ax, title, polyhedra) if structure else ax.axis("off")
     return figure
 
 
