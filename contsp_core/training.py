@@ -505,6 +505,7 @@ def _parse_arguments(arguments: Sequence[str]) -> Job:
     parser.add_argument("--n-updates", type=int, help="updates, instead of the preset's")
     parser.add_argument("--batch-size", type=int, help="crystals of an update, instead of the preset's")
     parser.add_argument("--learning-rate", type=float, help="its largest value, instead of the preset's")
+    parser.add_argument("--n-steps", type=int, help="of the chains of contrastive divergence, instead of the preset's")
     parser.add_argument("--n-structures", type=int, help="use only so many training crystals")
     parser.add_argument("--seed", type=int, default=TrainConfig.seed)
     parser.add_argument("--device", default=Job.device, help="cpu, cuda or cuda:<n>; with torchrun, cuda is one each")
@@ -517,6 +518,10 @@ def _parse_arguments(arguments: Sequence[str]) -> Job:
         if not 1e-3 <= limit <= 1e7:
             raise ValueError(f"--minutes is {limit}, expected 0.001 … 10000000")
         given = {"n_updates": None, "time_limit_s": 60 * limit} | given
+    if options.n_steps is not None:
+        if options.objective != "contrastive_divergence":
+            raise ValueError("--n-steps is for contrastive_divergence: score_matching runs no chains")
+        given["chain"] = replace(config.chain, n_steps=options.n_steps)
     config = replace(config, **given)
     output = options.output or Path("runs") / f"{options.dataset}.safetensors"
     chosen = ("n_structures", "initial", "negatives", "device", "resume", "overwrite")

@@ -326,6 +326,9 @@ def test_presets_defaults_and_command_line_agree(monkeypatch, tmp_path):
     energy, config = preset("perov5")
     assert jobs[0] == Job("perov5", Path("runs/perov5.safetensors"), energy, config)
     assert jobs[1].config == replace(preset("mp20")[1], n_updates=None, time_limit_s=120.0)
+    main(["--dataset", "mp20", "--objective", "contrastive_divergence", "--n-steps", "100"])
+    published = preset("mp20", "contrastive_divergence")[1]
+    assert jobs[2].config == replace(published, chain=replace(published.chain, n_steps=100))
 
 
 @pytest.mark.parametrize(
@@ -717,6 +720,8 @@ def test_a_damaged_state_is_refused(tmp_path, damage):
         (["--minutes", "inf"], "error: --minutes is inf, expected 0.001 …"),
         (["--n-updates", "0"], "n_updates is 0, expected"),
         (["--n-updates", "-5"], "n_updates is -5, expected"),
+        (["--n-steps", "10"], "--n-steps is for contrastive_divergence"),
+        (["--n-steps", "0", "--objective", "contrastive_divergence"], "n_steps is 0, expected"),
         (["--n-structures", "0"], "n is 0, expected"),
         (["--seed", "-1"], "seed is -1, expected"),
         (["--device", "abacus"], "device is 'abacus', which fails"),
