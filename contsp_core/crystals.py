@@ -237,6 +237,11 @@ def reduce_species(species: Sequence[int]) -> dict[int, int]:
     return {number: count // divisor for number, count in counts.items()}
 
 
+def reduce_counts(counts: np.ndarray) -> np.ndarray:
+    """(n, 101) atoms of each element, as :attr:`Crystals.element_counts`, in lowest integer terms."""
+    return counts // np.maximum(np.gcd.reduce(counts, axis=1, keepdims=True), 1)
+
+
 def expand_composition(
     composition: dict[int, int], rng: torch.Generator, p: float = 0.5, max_atoms: int | None = None
 ) -> list[int]:

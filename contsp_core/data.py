@@ -140,8 +140,7 @@ def _union(split: str, on_error: str) -> Split:
     parts = [load_split(name, part, on_error) for part in SPLITS[SPLITS.index(split) :] for name in UNION]
     own, crystals = parts[: len(UNION)], contsp_core.Crystals.cat([part.crystals for part in parts])
     ids = [UNION[part.name] + material_id for part in own for material_id in part.material_ids]
-    counts = crystals.element_counts.numpy()
-    formulas = [row.tobytes() for row in counts // np.gcd.reduce(counts, axis=1, keepdims=True)]
+    formulas = [row.tobytes() for row in contsp_core.crystals.reduce_counts(crystals.element_counts.numpy())]
     held_out = {*formulas[len(ids) :]}
     first = {ids[row]: row for row in reversed(range(len(ids))) if formulas[row] not in held_out}
     rows = sorted(first.values())

@@ -129,6 +129,8 @@ def _remarks(summary: dict[str, Any]) -> list[str]:
         remarks.append("not the official split")
     if settings["trained_on"].get("n_structures"):
         remarks.append(f"trained on {settings['trained_on']['n_structures']} crystals")
+    if n_seen := data.get("n_seen"):
+        remarks.append(f"{n_seen} have the formula of a training crystal")
     n_missing = summary["scores"]["n_missing"]
     return remarks + ([f"{n_missing} samples missing or unreadable: no match"] if n_missing else [])
 

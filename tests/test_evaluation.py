@@ -349,6 +349,15 @@ def test_methods_are_called_what_they_are(checkpoint, training, tmp_path):
     assert result.summary["settings"]["method"] == "contrastive divergence, annealed MALA"
 
 
+@pytest.mark.parametrize(("split", "share"), [("train", 1.0), ("test", 0.0)])
+def test_crystals_with_the_formula_of_a_training_crystal_are_counted(checkpoint, tmp_path, split, share):
+    settings = replace(QUICK, source="start", split=split)
+    summary = evaluate_checkpoint(checkpoint, "prototypes", tmp_path, settings).summary
+    assert summary["data"]["n_seen"] == share * QUICK.n_structures
+    remarks = results_table([summary], published=False)["remarks"][0]
+    assert ("3 have the formula of a training crystal" in remarks) == bool(share)
+
+
 # What scores are compared with
 
 

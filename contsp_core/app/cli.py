@@ -191,7 +191,9 @@ def evaluate(
     else:
         found = evaluate_cifs(cifs, dataset, output, settings, checkpoint)
     n_samples, method = found.summary["scores"]["n_samples"], found.summary["settings"]["method"]
-    print(f"{method}: {len(found.table)} crystals of {dataset}/{found.references.split}, {n_samples} samples of each")
+    crystals = f"{len(found.table)} crystals of {dataset}/{found.references.split}"
+    crystals += f" ({n} with the formula of a training crystal)" if (n := found.summary["data"]["n_seen"]) else ""
+    print(f"{method}: {crystals}, {n_samples} samples of each")
     print(f"{score_table(found.summary['scores']).to_string()}\nmore in {output / SUMMARY}")
 
 

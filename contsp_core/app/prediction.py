@@ -32,7 +32,7 @@ from pymatgen.io.cif import CifWriter
 from tqdm.auto import tqdm
 
 from contsp_core.checkpoints import read_settings
-from contsp_core.crystals import MAX_ATOMIC_NUMBER, check_settings, reduce_species
+from contsp_core.crystals import MAX_ATOMIC_NUMBER, check_settings, reduce_counts, reduce_species
 from contsp_core.csp import candidates
 from contsp_core.csp.figures import draw_crystals
 from contsp_core.csp.metrics import check_limits, run_with_time_limit
@@ -177,9 +177,8 @@ def _training_counts(model: ContinuousCGCNN) -> np.ndarray:
 
 def _same_stoichiometry(model: ContinuousCGCNN, unit: Sequence[int]) -> np.ndarray:
     """Which training crystals consist of so many elements in the same ratio, (n,) bool."""
-    counts = np.sort(_training_counts(model), axis=1)
-    reduced = counts // np.maximum(np.gcd.reduce(counts, axis=1), 1)[:, None]
-    return (reduced == np.sort(np.bincount(unit, minlength=counts.shape[1]))).all(axis=1)
+    counts = np.sort(reduce_counts(_training_counts(model)), axis=1)
+    return (counts == np.sort(np.bincount(unit, minlength=counts.shape[1]))).all(axis=1)
 
 
 def predict(
@@ -427,8 +426,7 @@ def _write_crystal(structure: Structure, stem: Path, origin: dict[str, Any]) -> 
 def contact_sheet(prediction: Prediction, n: int = 10) -> Figure:
     """The best n crystals side by side in their conventional cells, with polyhedra."""
     titles = [f"{rank}: {group}" for rank, group in prediction.table["space group"].head(n).items()]
-    cells = [candidates.standardise(structure) for structure in prediction.best[:n]]
-    return draw_crystals(cells, titles, n_columns=5, polyhedra=True)
+    return draw_crystals([*map(candidates.standardise, prediction.best[:n])], titles, n_columns=5, polyhedra=True)
 
 
 def confidence(energies: np.ndarray, shares: np.ndarray, parameters: Sequence[float]) -> np.ndarray:

@@ -25,7 +25,7 @@ from pymatgen.io.cif import CifWriter
 from tqdm import tqdm
 
 from contsp_core.checkpoints import load_model, read_settings
-from contsp_core.crystals import check_settings
+from contsp_core.crystals import check_settings, reduce_counts
 from contsp_core.csp.candidates import N_STEPS, SOURCES, WITHOUT_MODEL, TemplateLibrary, make_candidates, with_energies
 from contsp_core.csp.metrics import LISTS, check_limits, evaluate_csp, run_with_time_limit, spread
 from contsp_core.data import choose, find_checkpoint, load_split, parse_cifs, retold, write_whole
@@ -189,12 +189,21 @@ def _score(
     scores, table = evaluate_csp(structures, predictions, material_ids=chosen.material_ids, **limits)
     if model is not None:
         table["reference_energy"] = [structure.properties["energy"] for structure in structures]
-    data = {"official": chosen.source.official, "n_crystals": len(load_split(chosen.name, chosen.split))}
+    data = {"official": chosen.source.official, "n_seen": n_seen(model, chosen)}
+    data["n_crystals"] = len(load_split(chosen.name, chosen.split))
     summary = {"settings": record, "data": data, "scores": scores}
     write_text(output / SUMMARY, _to_json(summary, indent=2) + "\n")
     lists = {name: table[name].map(_to_json) for name in (*LISTS, "pool_rms")}
     write_text(output / TABLE, table.assign(**lists).to_csv(float_format="%.6g"))
     return Evaluation(summary, table, chosen, predictions)
+
+
+def n_seen(model: Any, chosen: Split) -> int | None:
+    """How many of these crystals have the reduced formula of a training crystal; None if the model does not say."""
+    if (counts := getattr(model, "start_counts", None)) is None:
+        return None
+    known = {row.tobytes() for row in reduce_counts(counts.cpu().numpy().astype(int))}
+    return sum(row.tobytes() in known for row in reduce_counts(chosen.crystals.element_counts.numpy()))
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
