@@ -139,6 +139,7 @@ class Crystals:
         device, counts = self.cell.device, self.n_atoms
         if not isinstance(systems, slice):
             systems = torch.as_tensor(systems, device=device).reshape(-1)  # a single number too, of any kind
+            systems = systems if systems.numel() else systems.long()
         chosen = torch.arange(len(self), device=device)[systems]
         atoms = ragged_arange((torch.cumsum(counts, 0) - counts)[chosen], counts[chosen])
         system_idx = torch.repeat_interleave(torch.arange(len(chosen), device=device), counts[chosen])
@@ -163,7 +164,7 @@ class Crystals:
         dtype: torch.dtype = torch.float32,
     ) -> Crystals:
         """From cells (n_systems, 3, 3), concatenated Cartesian positions (Å) and one list of atomic numbers each."""
-        counts = torch.tensor([len(numbers) for numbers in species])
+        counts = torch.tensor([len(numbers) for numbers in species], dtype=torch.int64)
         cell, xyz = (torch.as_tensor(np.asarray(array), dtype=dtype) for array in (cells, positions))
         flat = torch.tensor([number for numbers in species for number in numbers], dtype=torch.int64)
         return cls(cell, xyz, flat, torch.repeat_interleave(torch.arange(len(counts)), counts))

@@ -113,7 +113,8 @@ def score_matching_step(
     fraction ``step`` of the noise along r, so that only energies are differentiated in θ, as in contrastive divergence.
 
     Returns:
-        ``loss`` per direction, and its parts ``loss_positions`` (1 − 1/N for a zero energy) and ``loss_strain`` (1).
+        ``loss_positions`` and ``loss_strain``, whose sum the gradient is of (of a zero energy, at small strains,
+        1 − 1/N and 1), and ``loss``, their mean.
     """
     residual = denoising_residual(model, crystals, sigma, rng)
     crystals, n_atoms = residual.crystals, crystals.n_atoms.to(sigma.dtype)

@@ -273,6 +273,7 @@ def portable(model: ContinuousCGCNN) -> ContinuousCGCNN:
     weights |= {f"fc_layers.{i}.weight": layer.weight for i, layer in enumerate(model.fc_layers)}
     with torch.device("meta"):
         plain = ContinuousCGCNN(replace(model.config, spectral_norm=False), model.sampling, judge)
+    plain.use_kernels = model.use_kernels
     plain.load_state_dict({name: weights[name] for name in plain.state_dict()}, assign=True)
     return plain.eval().requires_grad_(False)
 

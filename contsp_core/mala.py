@@ -26,7 +26,8 @@ from contsp_core.crystals import Crystals, Rng, check_settings, random_rows
 from contsp_core.energy import energy_and_gradient
 from contsp_core.lattice import apply_strain, niggli
 
-MIN_ATOMIC_VOLUME = 1e-2  # Å³; the law is restricted to larger volumes per atom, where cells are not flat
+MIN_ATOMIC_VOLUME = 1e-2  # Å³; the law is restricted to larger volumes per atom,
+MAX_LENGTH = 30.0  # and to lattices whose longest reduced vector is shorter, in units of the cube root of the volume
 
 Energy = Callable[[Crystals], Tensor]
 Proposal = Literal["cartesian", "strain"]
@@ -64,7 +65,11 @@ class AnnealConfig:
 
 def mala_init(energy: Energy, crystals: Crystals) -> ChainState:
     """Reduce the cells, wrap the atoms and evaluate the energy and its gradients once."""
-    crystals = niggli(crystals)
+    return begin(energy, niggli(crystals))
+
+
+def begin(energy: Energy, crystals: Crystals) -> ChainState:
+    """A chain at crystals that are reduced and wrapped."""
     never = torch.zeros_like(crystals.n_atoms)
     return ChainState(crystals, *energy_and_gradient(energy, crystals), never.bool(), never)
 
@@ -169,8 +174,10 @@ def try_move(energy: Energy, state: ChainState, move: Move, proposal: Proposal) 
     moved = apply_move(state.crystals, move, proposal)
     n_broken, volume = moved.sum_atoms((~moved.positions.isfinite()).any(dim=1).long()), moved.volume
     sound = volume.isfinite() & (volume > MIN_ATOMIC_VOLUME * moved.n_atoms) & (n_broken == 0)
-    moved = where(sound, moved, state.crystals)
-    return moved, mala_init(energy, moved), sound
+    reduced = niggli(where(sound, moved, state.crystals))
+    sound &= reduced.cell.norm(dim=2).amax(dim=1) < MAX_LENGTH * volume.nan_to_num() ** (1 / 3)
+    new = where(sound, reduced, state.crystals)
+    return where(sound, moved, state.crystals), begin(energy, new), sound
 
 
 def log_move_density(move: Move, mean: Move, step: Tensor, crystals: Crystals) -> Tensor:

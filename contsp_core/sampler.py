@@ -119,6 +119,12 @@ def sampling_config(model: ContinuousCGCNN) -> DiffusionConfig | AnnealConfig:
     return model.sampling or (AnnealConfig() if model.noise_features is None else DiffusionConfig())
 
 
+def batch_size(model: ContinuousCGCNN) -> int:
+    """Atoms that move together by default, at some 20 kB each; at 1 to 2 MB, and fewer, on a CPU without kernels."""
+    plain = not model.use_kernels and next(model.parameters()).device.type == "cpu"
+    return 1024 if plain else 8192
+
+
 def run_chains(
     model: ContinuousCGCNN,
     crystals: Crystals,
@@ -157,8 +163,7 @@ def sample_structures(
         n_steps: length of the chains; by default as the model's settings say.
         seed: the same seed on the same machine gives the same structures.
         device: where to run; by default where the model is.
-        batch_atoms: atoms that move together, at about 20 kB each with the compiled kernels
-            and 1 to 2 MB without; by default 8192, or 1024 on a CPU without the kernels.
+        batch_atoms: atoms that move together; by default :func:`batch_size`.
         progress: show a progress bar of chain steps.
 
     Returns:
@@ -181,8 +186,7 @@ def sample_structures(
             model = copy.deepcopy(model).to(device)
     numbered = range(cast(int, n_samples)) if numbered is None else numbered
     chains = [(numbers, n) for numbers in sorted(set(entries), key=lambda e: (len(e), e)) for n in numbered]
-    plain = not model.use_kernels and next(model.parameters()).device.type == "cpu"
-    batches = pack([len(numbers) for numbers, _ in chains], batch_atoms or (1024 if plain else 8192))
+    batches = pack([len(numbers) for numbers, _ in chains], batch_atoms or batch_size(model))
     found: dict[tuple[int, ...], list[Structure]] = {numbers: [] for numbers in entries}
     with tqdm(total=len(batches) * config.n_steps, desc="sampling", unit="step", disable=not progress) as bar:
         for batch in batches:

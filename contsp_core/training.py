@@ -260,7 +260,7 @@ def _average_over_ranks(state: TrainState, row: Row, weight: float) -> Row:
 
 
 def _learning_rate(config: TrainConfig, update: int, progress: float) -> float:
-    """Linear warm-up, at most a tenth of the updates, then a cosine from ``learning_rate`` to its final fraction."""
+    """Linear warm-up, at most a tenth of ``n_updates``, times a cosine from ``learning_rate`` to its final fraction."""
     warm = min(1.0, (update + 1) / max(1, min(config.warmup, (config.n_updates or 10 * config.warmup) // 10)))
     cosine = (1 + math.cos(math.pi * progress)) / 2
     return config.learning_rate * warm * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
@@ -359,11 +359,12 @@ def _begin(job: Job) -> tuple[TrainState, Crystals, list[Crystals]]:
         if not torch.equal(other.crystals.element_counts, split.crystals.element_counts):
             raise ValueError(f"negatives {str(path)!r} are not for the crystals of {split.source.path}")
         found.append(other.crystals.to(torch.float32)[rows])
-    sampling = job.config.chain if job.energy.noise_max is None else None
     given = load_model(job.initial) if job.initial else None
-    model = initial_model(crystals, given.config if given else job.energy, job.config.seed, sampling)
+    energy = given.config if given else job.energy
+    sampling = job.config.chain if energy.noise_max is None else None
+    model = initial_model(crystals, energy, job.config.seed, sampling)
     if given:  # its weights; but volumes and cells are those of the crystals trained on now
-        of_data, model.sampling = ("atomic_volume", "start_cells", "start_counts"), given.sampling
+        of_data, model.sampling = ("atomic_volume", "start_cells", "start_counts"), sampling or given.sampling
         model.load_state_dict({k: v for k, v in given.state_dict().items() if k not in of_data}, strict=False)
     if job.config.objective == "score_matching" and model.config.noise_max is None:
         raise ValueError("noise_max of the energy is None, but score_matching needs an energy with noise levels")
@@ -476,8 +477,9 @@ def main(arguments: Sequence[str]) -> None:
         state = run(job, _print_row)
     except KeyboardInterrupt:
         raise SystemExit("stopped at once; --resume goes on from what was saved last" if speaks else 1) from None
-    except (ValueError, FloatingPointError, OSError) as error:
-        raise SystemExit(f"error: {' '.join(str(error).split())}" if speaks else 1) from None
+    except (ValueError, FloatingPointError, OSError, RuntimeError, ImportError) as error:
+        hint = "; the extra contsp_core[analysis] has what reading CIFs needs" if isinstance(error, ImportError) else ""
+        raise SystemExit(f"error: {' '.join(str(error).split())}{hint}" if speaks else 1) from None
     finally:
         if _rank()[1] > 1:
             distributed.destroy_process_group()

@@ -204,7 +204,7 @@ def test_ties_are_in_random_order_and_repeat():
 class Harmonic(torch.nn.Module):
     """Lowest, 0, for a volume of 30 Å³ a crystal and atoms 1 Å apart (of two)."""
 
-    config, noise_features = EnergyConfig(), None
+    config, noise_features, use_kernels = EnergyConfig(), None, True
 
     def __init__(self):
         super().__init__()

@@ -71,7 +71,9 @@ def test_another_energy_may_be_the_judge(tmp_path, saved):
     assert (own := load_model(saved)).judge is own
     model, other = small_model(NOISY, torch.float32), load_model(saved)
     path = save_checkpoint(tmp_path / "judged.safetensors", model, {"judge": str(saved)})
-    crystals = random_batch(dtype=torch.float32)
+    crystals, plain = random_batch(dtype=torch.float32), load_model(path)
+    plain.use_kernels = False
+    assert not portable(plain).use_kernels
     sent = pickle.loads(pickle.dumps(portable(load_model(path))))
     for loaded in (load_model(path), sent, copy.deepcopy(load_model(path))):
         assert torch.equal(loaded(crystals), model(crystals))

@@ -164,8 +164,11 @@ def test_joining_undoes_splitting():
 
 
 def test_nothing_selected_is_an_empty_batch():
+    for nothing in (slice(5, None), [], np.array([])):
+        with pytest.raises(ValueError, match="empty batch"):
+            random_batch()[nothing]
     with pytest.raises(ValueError, match="empty batch"):
-        random_batch()[5:]
+        Crystals.from_arrays(np.zeros((0, 3, 3)), np.zeros((0, 3)), [])
 
 
 def test_conversion_keeps_types_of_integers_and_replacing_keeps_the_atoms():

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from collections import deque
@@ -356,6 +357,12 @@ def test_crystals_with_the_formula_of_a_training_crystal_are_counted(checkpoint,
     assert summary["data"]["n_seen"] == share * QUICK.n_structures
     remarks = results_table([summary], published=False)["remarks"][0]
     assert ("3 have the formula of a training crystal" in remarks) == bool(share)
+
+
+def test_samples_ranked_by_another_judge_are_not_gone_on_with():
+    made_by = evaluation._load("mp20", "prototypes", None)[3]["checkpoint"]
+    assert re.fullmatch(r"mp20-\w{12} \+ mp20_judge-\w{12}", made_by)
+    assert evaluation._load(None, "prototypes", None)[3]["checkpoint"] is None
 
 
 # What scores are compared with

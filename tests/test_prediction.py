@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.metadata import version
+from unittest.mock import Mock
 
 import ase.io
 import numpy as np
@@ -17,11 +18,12 @@ import pytest
 import ranking
 from ase.calculators.calculator import Calculator
 from pymatgen.analysis.structure_matcher import StructureMatcher
-from pymatgen.core import Lattice, Structure
+from pymatgen.core import Composition, Lattice, Structure
 
 from contsp_core import Crystals, load_model
 from contsp_core.app import cli
 from contsp_core.app.prediction import (
+    WRITTEN,
     PredictConfig,
     agreement,
     choose_units,
@@ -407,11 +409,27 @@ def test_a_folder_appears_whole_or_not_at_all(prediction, tmp_path, monkeypatch)
         with pytest.warns(UserWarning, match=r"has no candidates.png: OSError: disk full"):
             write_prediction(prediction, folder, origin, overwrite=True)
     assert (folder / "candidates.csv").is_file()
+    other = tmp_path / "other"
+    with monkeypatch.context() as patch:
+        patch.setattr("contsp_core.app.prediction.contact_sheet", lambda _: other.mkdir())  # by another process
+        with (
+            pytest.warns(UserWarning, match="no candidates.png"),
+            pytest.raises(FileExistsError, match="exists; --resume leaves it out"),
+        ):
+            write_prediction(prediction, other, origin)
+    assert sorted(tmp_path.iterdir()) == [folder, other] and list(other.iterdir()) == []
     foreign = tmp_path / "mine"
     foreign.mkdir()
     with pytest.raises(FileExistsError, match="only an earlier prediction is replaced"):
         write_prediction(prediction, foreign, origin, overwrite=True)
     assert foreign.is_dir()
+
+
+@pytest.mark.parametrize("formula", ["Ca3P2O8", "CaMgC2O6", "MgO2H2", "Li2Co2O6", "NaCl"])
+def test_files_of_any_formula_are_known_as_a_predictions_own(formula):
+    name = Composition(formula).reduced_formula
+    for ending in (".cif", "_symmetrised.cif", ".vasp", ".extxyz", "_xrd.csv"):
+        assert WRITTEN.fullmatch(f"01_{name}{ending}")
 
 
 # The command line
@@ -433,7 +451,7 @@ def test_formulas_of_a_file_are_predicted_and_resumed(tmp_path, capsys):
     assert "FrCl: warning: no training crystal has Fr" in done.err
     assert "space group" in done.out
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*.csv")}
-    done = run(capsys, "predict", str(table), "KBr", *QUICKLY, "--output", str(output), "--resume")
+    done = run(capsys, "predict", str(table), "K₂Br₂", *QUICKLY, "--output", str(output), "--resume")
     assert f"NaCl: kept as it is in {output}/NaCl/" in done.err
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (output / "KBr" / "candidates.csv").is_file()
@@ -561,12 +579,20 @@ def test_a_checkpoint_without_its_data_set_is_evaluated_on_a_named_one_only(mode
     nameless = str(save_checkpoint(tmp_path / "nameless.safetensors", model, {}))
     with pytest.raises(SystemExit, match=r"nameless\.safetensors' does not say its data set, expected --dataset"):
         cli.main(["evaluate", nameless])
+    with pytest.raises(SystemExit, match=r"nameless\.safetensors' does not say its data set, expected --source chains"):
+        cli.main(["predict", "NaCl", "--checkpoint", nameless, "--source", "both", "--output", str(tmp_path / "new")])
 
 
 def test_a_package_that_is_missing_is_told_with_the_extra_that_brings_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "pymatgen.core", None)
     with pytest.raises(SystemExit, match=r"error: .*the extra contsp_core\[analysis\] has what the commands need"):
         cli.main(["predict", "NaCl", "--checkpoint", "prototypes"])
+    problems = [RuntimeError("CUDA out of\nmemory"), ModuleNotFoundError("No module named 'pandas'")]
+    expected = ["error: CUDA out of memory$", r"error: No module named 'pandas'; the extra contsp_core\[analysis\]"]
+    for problem, message in zip(problems, expected):
+        monkeypatch.setattr("contsp_core.training.run", Mock(side_effect=problem))
+        with pytest.raises(SystemExit, match=message):
+            cli.main(["train", "--dataset", "prototypes"])
 
 
 def test_training_is_one_of_the_commands():

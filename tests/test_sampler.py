@@ -13,7 +13,7 @@ from contsp_core import Crystals
 from contsp_core.diffusion import DiffusionConfig
 from contsp_core.energy import ContinuousCGCNN
 from contsp_core.mala import AnnealConfig
-from contsp_core.sampler import sample_structures, sampling_config
+from contsp_core.sampler import batch_size, sample_structures, sampling_config
 
 ENTRIES = ["NaCl", [8, 22, 8], "Fe"]
 SPECIES = [[11, 17], [8, 22, 8], [26]]
@@ -57,6 +57,12 @@ def test_the_global_seed_plays_no_part(model):
             torch.manual_seed(seed)
             results.append(geometry(sample_structures(model, ["NaCl"], 2, 3)))
     assert all((a == b).all() for a, b in zip(*results))
+
+
+def test_without_kernels_fewer_atoms_move_together(model):
+    plain = copy.copy(model)
+    plain.use_kernels = False
+    assert batch_size(model) == 8 * batch_size(plain) == 8192
 
 
 @pytest.mark.parametrize("batch_atoms", [1, 12, 10_000])

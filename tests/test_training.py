@@ -476,6 +476,9 @@ def test_a_run_may_start_from_a_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="score_matching needs an energy with noise levels"):
         run(tiny_job(tmp_path / "third.safetensors", initial=tmp_path / "paper.safetensors"))
     assert not list(tmp_path.glob("third*"))
+    changes = {"initial": tmp_path / "paper.safetensors", "n_updates": 1, "chain": AnnealConfig(n_steps=4)}
+    run(tiny_job(tmp_path / "fourth.safetensors", "contrastive_divergence", **changes))
+    assert load_model(tmp_path / "fourth.safetensors").sampling == changes["chain"]
 
 
 # Interruptions

@@ -81,43 +81,39 @@ def load_calculator(name: str) -> BaseCalculator:
 def relax_and_rank(
     structures: Sequence[Structure],
     calculator: BaseCalculator,
-    n_best: int = 10,
     max_steps: int = 200,
     force_tolerance: float = 0.05,
 ) -> list[Structure]:
-    """Relax the candidates of lowest learned energy, atoms and cell, with a calculator, and rank them by its energy.
+    """Relax candidates, atoms and cell, with a calculator, and rank them by its energy.
 
     Args:
         structures: each with ``properties["energy"]``; they stay as they are.
         calculator: any of ASE that knows energies, forces and stresses.
-        n_best: how many are relaxed.
         max_steps: of the optimiser (FIRE), for each.
         force_tolerance: largest force at which it stops, eV/Å; the stress counts as a force on the cell.
 
     Returns:
         Copies of all structures: first the relaxed ones, sorted by ``calculator_energy`` (eV/atom) in their properties
         (``calculator_converged``: whether the tolerance was reached; ``energy`` is as before relaxing); then those on
-        which the calculator failed, unchanged, with the reason in ``calculator_error``; then those not tried.
+        which the calculator failed, unchanged, by learned energy, with the reason in ``calculator_error``.
 
     Raises:
         ValueError: if a structure has no energy, or an argument is out of range.
     """
-    for argument, value, low in (("n_best", n_best, 1), ("max_steps", max_steps, 0)):
-        if value < low:
-            raise ValueError(f"{argument} is {value}, expected ≥ {low}")
+    if max_steps < 0:
+        raise ValueError(f"max_steps is {max_steps}, expected ≥ 0")
     if not force_tolerance > 0:
         raise ValueError(f"force_tolerance is {force_tolerance}, expected > 0")
     if any("energy" not in structure.properties for structure in structures):
         raise ValueError("one of structures has no properties['energy'], expected all with it")
-    ordered = sorted((structure.copy() for structure in structures), key=lambda s: s.properties["energy"])
     relaxed, failed = [], []
-    for structure in ordered[:n_best]:
+    for structure in sorted((structure.copy() for structure in structures), key=lambda s: s.properties["energy"]):
         try:
             relaxed.append(_relax(structure, calculator, max_steps, force_tolerance))
         except Exception as error:  # calculators fail in as many ways as there are calculators
             structure.properties = structure.properties | {"calculator_error": one_line(error)}  # copies share theirs
             failed.append(structure)
-    return sorted(relaxed, key=lambda s: s.properties["calculator_energy"]) + failed + ordered[n_best:]
+    return sorted(relaxed, key=lambda s: s.properties["calculator_energy"]) + failed
 
 
 def _relax(structure: Structure, calculator: BaseCalculator, max_steps: int, force_tolerance: float) -> Structure:

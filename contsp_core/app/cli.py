@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -22,12 +23,12 @@ EXAMPLES = """examples:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; a problem ends it with status 1 and one line."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["train"]:
-        from contsp_core.training import main as train
-
-        return train(given[1:])
-    options = vars(_parser().parse_args(given))
     try:
+        if given[:1] == ["train"]:
+            from contsp_core.training import main as train
+
+            return train(given[1:])
+        options = vars(_parser().parse_args(given))
         options.pop("command")(**options)
     except ModuleNotFoundError as error:
         raise SystemExit(f"error: {error}; the extra contsp_core[analysis] has what the commands need") from None
@@ -105,22 +106,25 @@ def predict(
     name, pattern = options.pop("calculator"), options.pop("xrd")
     options["n_units"] = options["n_units"] and tuple(options["n_units"])
     config, model = made.PredictConfig(**options, confidence=made.CALIBRATED.get(checkpoint)), load_model(checkpoint)
-    names = list(dict.fromkeys(Composition(formula).reduced_formula for formula in given))
+    names = list(dict.fromkeys(Composition(Counter(numbers)).reduced_formula for numbers in given))
     plans = {formula: made.plan(model, formula, config) for formula in names}
     calculator = name and load_calculator(name)
     measured = None if pattern is None else made.read_pattern(pattern)
-    missing = [formula for formula in names if not (resume and (output / formula / made.MADE_BY).is_file())]
-    for formula in sorted(set(names) - set(missing)):
-        print(f"{formula}: kept as it is in {output / formula}/", file=sys.stderr)
-    for formula in missing:
-        made.check_replaceable(output / formula, overwrite)
+    for formula in names:
+        if not (resume and (output / formula / made.MADE_BY).is_file()):
+            made.check_replaceable(output / formula, overwrite)
     with retold(f"output {str(output)!r} cannot be written", OSError):
         output.mkdir(parents=True, exist_ok=True)
-    if needs_library := config.source != "chains":
+    library, failed = None, []
+    if config.source != "chains":
+        if not (dataset := read_settings(checkpoint).get("dataset")):
+            raise ValueError(f"checkpoint {checkpoint!r} does not say its data set, expected --source chains")
         print("reading the training crystals …", file=sys.stderr)
-    library = TemplateLibrary(load_split(read_settings(checkpoint)["dataset"], "train")) if needs_library else None
-    failed = []
-    for formula in missing:
+        library = TemplateLibrary(load_split(dataset, "train"))
+    for formula in names:
+        if resume and (output / formula / made.MADE_BY).is_file():  # perhaps by another process, meanwhile
+            print(f"{formula}: kept as it is in {output / formula}/", file=sys.stderr)
+            continue
         species, doubts = plans[formula]
         for text in (made.describe_cells(model, species), *(f"warning: {doubt}" for doubt in doubts)):
             print(f"{formula}: {text}", file=sys.stderr)
@@ -128,7 +132,7 @@ def predict(
             prediction = made.predict(model, formula, config, library, progress=True)
             origin = made.provenance(checkpoint, config, prediction)
             origin |= {"calculator": name, "xrd": pattern and str(pattern)}
-            prediction = prediction.relaxed(calculator) if calculator else prediction
+            prediction = prediction.relaxed(calculator, config.n_jobs) if calculator else prediction
             prediction = prediction if measured is None else prediction.compared(measured)
             folder = made.write_prediction(prediction, output / formula, origin, overwrite)
             for doubt in prediction.doubts[len(doubts) :]:
@@ -146,15 +150,14 @@ def predict(
         raise ValueError(f"{', '.join(failed)} failed, for the reasons above; what was found is in {output}")
 
 
-def read_formulas(entries: Sequence[str]) -> list[str]:
-    """Formulas as given, and those of CSV files; a ValueError names the file and the row of one that is none."""
+def read_formulas(entries: Sequence[str]) -> list[list[int]]:
+    """Atomic numbers of formulas, given or in CSV files; a ValueError names file and row of one that is none."""
     from contsp_core.data import parse_formula, retold
 
     found = []
     for entry in entries:
         if not entry.endswith(".csv"):
-            parse_formula(entry)
-            found.append(entry)
+            found.append(parse_formula(entry))
             continue
         import pandas as pd
 
@@ -164,8 +167,7 @@ def read_formulas(entries: Sequence[str]) -> list[str]:
             raise ValueError(f"{entry!r} has {len(table)} rows of {', '.join(table)}, expected a column 'formula'")
         for row, formula in enumerate(table["formula"], start=1):
             with retold(f"{entry!r}, row {row}", ValueError):
-                parse_formula(formula)
-            found.append(formula)
+                found.append(parse_formula(formula))
     return found
 
 

@@ -53,7 +53,7 @@ N_CALIBRATED = 20  # chains for which they were fitted; fewer agree by chance, m
 MADE_BY = "candidates.json"
 TOO_CLOSE = f"too close: atoms nearer than {candidates.CLOSEST} of the sum of their covalent radii; they come last"
 UNITS = "energy: learned, per atom, no unit; density: g/cm³; V/atom: Å³; shortest, a, b, c: Å; atoms: in a, b, c"
-WRITTEN = re.compile(r"candidates\.(csv|json|png)|\d+_[A-Za-z0-9]+(_symmetrised|_xrd)?\.(cif|vasp|extxyz|csv)")
+WRITTEN = re.compile(r"candidates\.(csv|json|png)|\d+_[A-Za-z0-9()]+(_symmetrised|_xrd)?\.(cif|vasp|extxyz|csv)")
 PEAK_WIDTH = 0.2  # standard deviation of a peak of a simulated powder pattern, degrees
 STRETCHES = np.linspace(0.94, 1.06, 49)  # of the lattice, tried when a pattern is compared
 TWO_THETA = (5.0, 90.0)  # degrees, Cu Kα
@@ -95,17 +95,17 @@ class Prediction:
         """Of each group the crystal of lowest energy, among those that are not crowded if there are any."""
         return [group[0] for group in self.groups]
 
-    def relaxed(self, calculator: BaseCalculator) -> Prediction:
+    def relaxed(self, calculator: BaseCalculator, n_jobs: int = -1) -> Prediction:
         """Relaxed and ranked by an ASE calculator, as by :func:`relax_and_rank`; its energy is in the table."""
         from contsp_core.app.calculators import relax_and_rank
 
         numbered = [structure.copy() for structure in self.best]
         for place, structure in enumerate(numbered):
             structure.properties = structure.properties | {"place": place}  # copies share theirs
-        found = sorted(relax_and_rank(numbered, calculator, n_best=len(numbered)), key=candidates.is_crowded)
+        found = sorted(relax_and_rank(numbered, calculator), key=candidates.is_crowded)
         places = [structure.properties.pop("place") for structure in found]
         groups = [[structure, *self.groups[place][1:]] for structure, place in zip(found, places)]
-        table = tabulate(groups)
+        table = tabulate(groups, n_jobs)
         if "confidence" in self.table:
             table.insert(1, "confidence", [self.table["confidence"].iloc[place] for place in places])
         return replace(self, groups=groups, table=table)
@@ -380,6 +380,7 @@ def write_prediction(prediction: Prediction, folder: Path, origin: dict[str, Any
             contact_sheet(prediction).savefig(temporary / "candidates.png", dpi=150, metadata={"Software": None})
         except Exception as error:
             warnings.warn(f"{folder} has no candidates.png: {one_line(error)}", stacklevel=2)
+        check_replaceable(folder, overwrite)  # again: another process may have written it meanwhile
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)

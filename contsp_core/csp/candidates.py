@@ -30,6 +30,7 @@ from contsp_core.lattice import apply_strain, niggli
 from contsp_core.mala import where
 from contsp_core.sampler import (
     assignments,
+    batch_size,
     element_distances,
     run_chains,
     sample_structures,
@@ -44,7 +45,6 @@ SOURCES = ("chains", "start", "start_descended", "templates", "templates_relaxed
 WITHOUT_MODEL = ("templates",)
 N_STEPS = {"templates_relaxed": 20}  # energy gradients a candidate; what descends takes as many as a chain
 N_DESCENT = 60  # gradients from the end of a chain down its well
-BATCH_ATOMS = 8192  # that move together
 CLOSEST = 0.6  # of the sum of covalent radii (Cordero et al., Dalton Trans. 2832 (2008)); bundled crystals have ≥ 0.70
 LARGEST_MOVE = 0.3  # Å, of all atoms together in one step of descent; or a strain of 0.1
 
@@ -58,7 +58,7 @@ def make_candidates(
     model: ContinuousCGCNN | None = None,
     library: TemplateLibrary | None = None,
     n_steps: int | None = None,
-    batch_atoms: int = BATCH_ATOMS,
+    batch_atoms: int | None = None,
 ) -> Sequence[Sequence[Structure | None]]:
     """Candidates for some compositions.
 
@@ -71,7 +71,7 @@ def make_candidates(
         model: needed by all but ``templates``; if given, candidates carry the energy of its judge.
         library: training crystals; needed by ``templates…``.
         n_steps: energy gradients a candidate; by default 20 for templates, else those of the model's own chains.
-        batch_atoms: atoms of chains that run together.
+        batch_atoms: atoms of chains that run together; by default :func:`contsp_core.sampler.batch_size`.
 
     Returns:
         One list per composition, of n_samples; None where templates do not suffice. A ValueError tells of an unknown
@@ -184,7 +184,7 @@ def with_energies(model: ContinuousCGCNN, structures: Sequence[Structure]) -> li
 
 def _batches(model: ContinuousCGCNN, structures: Sequence[Structure]) -> Iterator[tuple[slice, Crystals]]:
     weight = next(model.parameters())
-    for batch in pack([len(structure) for structure in structures], BATCH_ATOMS):
+    for batch in pack([len(structure) for structure in structures], batch_size(model)):
         yield batch, Crystals.from_structures(structures[batch], weight.dtype).to(weight.device)
 
 
@@ -214,9 +214,9 @@ def descend(
     A step that raises the energy is undone and the next one is half as long; else the next one is a fifth longer. With
     noise levels the energy is the one at level ``noise`` (Å), which is smoother than where crystals are judged.
     """
-    made, noise = list[Structure](), float(np.clip(noise, model.config.noise_min, model.config.noise_max))
+    made, levels = list[Structure](), (model.config.noise_min, model.config.noise_max)
     for _, crystals in _batches(model, structures):
-        level = [] if model.noise_features is None else [torch.full_like(crystals.volume, noise)]
+        level = [] if model.noise_features is None else [torch.full_like(crystals.volume, noise).clamp(*levels)]
         made += _descend(model, crystals, n_steps, *level).to_structures()
     return made
 

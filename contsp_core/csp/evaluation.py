@@ -103,7 +103,7 @@ def evaluate_checkpoint(
     record |= {"n_samples": n_samples, "n_steps": n_steps, "training_data": blob_id}
     compare_settings(folder, {name: value for name, value in record.items() if name != "n_structures"})
     options = {"source": source, "n_samples": n_samples, "n_steps": n_steps or None, "seed": settings.seed}
-    options |= {"batch_atoms": settings.chunk_atoms}
+    options |= {"batch_atoms": settings.chunk_atoms if model and model.use_kernels else None}
     make = partial(_make, model and portable(model), None if training is None else pickle.dumps(training), options)
     fill_folder(folder, list(zip(chosen.material_ids, chosen.species, strict=True)), make, settings)
     record |= {"method": method_label(source, checkpoint, model), "trained_on": _trained_on(checkpoint)}
@@ -135,8 +135,9 @@ def _load(checkpoint: str | Path | None, dataset: str, settings: EvaluationConfi
     """Settings, model, the crystals chosen, and for the files what determines samples and scores."""
     settings = settings or EvaluationConfig()
     model = None if checkpoint is None else load_model(checkpoint, settings.device)
-    path = None if checkpoint is None else find_checkpoint(checkpoint)
-    digest = path and f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    names = [] if checkpoint is None else [checkpoint, read_settings(checkpoint).get("judge")]
+    paths = list(map(find_checkpoint, filter(None, names)))
+    digest = " + ".join(f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" for path in paths) or None
     split = load_split(dataset, settings.split)
     chosen = split.select(choose(range(len(split)), settings.n_structures, settings.seed))
     record = dict[str, Any](source=settings.source, checkpoint=digest, dataset=chosen.name, split=chosen.split)
