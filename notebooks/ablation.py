@@ -1,4 +1,4 @@
-"""What each part of the energy is worth: variants of it, trained equally long, and their loss at each noise level.
+"""What each part of the energy is worth: variants trained equally long, their loss at each noise level, what they find.
 
 ``python notebooks/ablation.py --dataset perov5 --minutes 4`` writes ``figures/03_ablation_perov5.csv``. Minutes are of
 one processor, so that another program on the machine does not disturb the comparison.
@@ -17,6 +17,7 @@ from unittest import mock
 
 import pandas as pd
 import torch
+from samplers import draw, score_samples
 
 from contsp_core.crystals import Crystals, keyed_rng
 from contsp_core.data import DATASETS, choose, load_split
@@ -26,6 +27,7 @@ from contsp_core.training import TrainConfig, TrainState, initial_model, preset,
 
 SIGMAS = (0.05, 0.1, 0.3, 0.6, 1.0, 1.5)  # Å
 N_VALIDATION = 400
+N_SEARCHED, N_SAMPLES, N_STEPS = 60, 4, 300  # validation crystals, chains for each, gradients of a chain
 VARIANTS: dict[str, dict] = {
     "as shipped": {},
     "update of the paper": {"form": "paper"},
@@ -72,9 +74,11 @@ def validation_loss(model: ContinuousCGCNN, crystals: Crystals) -> dict[str, flo
 def compare_variants(
     dataset: str, minutes: float, seed: int = 0, on_row: Callable[[dict], None] | None = None
 ) -> pd.DataFrame:
-    """One row for each of ``VARIANTS``: updates made, and losses on validation crystals."""
+    """One row for each of ``VARIANTS``: updates made, losses on validation crystals, and scores of chains for some."""
     train, validation = (load_split(dataset, split).crystals.to(torch.float32) for split in ("train", "val"))
     validation = validation[choose(range(len(validation)), N_VALIDATION, seed)]
+    references = choose(load_split(dataset, "val"), N_SEARCHED, seed)
+    species = [structure.atomic_numbers for structure in references]
     energy, config = preset(dataset)
     rows = []
     for name, changes in VARIANTS.items():
@@ -86,8 +90,11 @@ def compare_variants(
                 stack.enter_context(mock.patch.object(EnergyConfig, "n_vectors", n_vectors))
                 stack.enter_context(warnings.catch_warnings(action="ignore"))  # torch, of weights with no element
             state = train_variant(train, replace(energy, **changes), replace(config, seed=seed), minutes, **options)
-            losses = validation_loss(state.averaged, validation)
-        rows.append({"variant": name, "updates": state.update} | losses)
+            model = state.averaged
+            losses = validation_loss(model, validation)
+            samples = draw(model, "20 levels, T = 0.5", species, N_SAMPLES, N_STEPS, seed)
+            scores = score_samples(model, references, samples, N_SAMPLES)
+        rows.append({"variant": name, "updates": state.update} | losses | scores)
         if on_row is not None:
             on_row(rows[-1])
     return pd.DataFrame(rows)
