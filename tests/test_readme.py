@@ -48,6 +48,8 @@ def test_example_runs_as_printed(tmp_path, example):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout
+    if "the cubic perovskite comes first" in example:
+        assert re.search(r"^1 .*Pm-3m \(221\)", done.stdout, re.MULTILINE)
     assert {path.name for path in tmp_path.iterdir()} <= {"runs"}  # where the text says that results go
 
 
