@@ -47,7 +47,7 @@ SIDE = 30.3 ** (1 / 3)
 class Spring(torch.nn.Module):
     """Zero at 30 Å³ and a fractional distance of 1 / SIDE of the two atoms, which no strain changes."""
 
-    noise_features, config = None, EnergyConfig()
+    noise_features, config, use_kernels = None, EnergyConfig(), True
 
     def __init__(self):
         super().__init__()
