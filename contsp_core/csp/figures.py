@@ -32,7 +32,7 @@ BOND_REACH = 1.15  # of the sum of the covalent radii
 RADIUS_SCALE = 0.45  # of the covalent radius: spheres that show the arrangement without touching
 SHADES = np.linspace(0.0, 1.0, 12)
 HULL_OPACITY, HULL_ATOMS = 0.45, (4, 6)  # more bonds than six make hulls that hide what is near
-PIECES = 24  # into which a line is cut, so that each passes before or behind the right atoms
+PIECES = 12  # into which a line is cut, so that each passes before or behind the right atoms
 
 
 def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
