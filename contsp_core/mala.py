@@ -27,7 +27,7 @@ from contsp_core.energy import energy_and_gradient
 from contsp_core.lattice import apply_strain, niggli
 
 MIN_ATOMIC_VOLUME = 1e-2  # Å³; the law is restricted to larger volumes per atom,
-MAX_LENGTH = 30.0  # and to lattices whose longest reduced vector is shorter, in units of the cube root of the volume
+MAX_LENGTH = 30.0  # and to lattices whose longest reduced vector is shorter, in units of V^{1/3} (in data sets ≤ 5.5)
 
 Energy = Callable[[Crystals], Tensor]
 Proposal = Literal["cartesian", "strain"]

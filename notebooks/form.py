@@ -27,10 +27,9 @@ from contsp_core.app.prediction import (
     provenance,
     write_prediction,
 )
-from contsp_core.checkpoints import read_settings
 from contsp_core.csp.candidates import TemplateLibrary, standardise
 from contsp_core.csp.views import is_live, view_crystal
-from contsp_core.data import CHECKPOINTS, load_split, one_line
+from contsp_core.data import CHECKPOINTS, one_line
 
 # a link that looks like a button, also where the style sheet of JupyterLab is not at hand
 HELD_BACK_S = 0.5  # in which what was typed while the kernel was busy arrives: the browser sends it after the click
@@ -67,7 +66,7 @@ def show_form(formula: str = "SrTiO3", checkpoint: str = "mp20") -> None:
             stop.disabled = False
             library = None
             if config.source != "chains":
-                library = TemplateLibrary(load_split(read_settings(model.value)["dataset"], "train"))
+                library = TemplateLibrary.of_checkpoint(model.value)
             # in a thread, so that the kernel hears Stop
             prediction = await asyncio.to_thread(predict, energy, text.value, config, library, stop=stopped.is_set)
             said = [f"<b>{doubt}</b>" for doubt in prediction.doubts]

@@ -359,7 +359,7 @@ def test_crystals_with_the_formula_of_a_training_crystal_are_counted(checkpoint,
     assert ("3 have the formula of a training crystal" in remarks) == bool(share)
 
 
-def test_samples_ranked_by_another_judge_are_not_gone_on_with():
+def test_what_made_the_samples_names_the_judge_too():
     made_by = evaluation._load("mp20", "prototypes", None)[3]["checkpoint"]
     assert re.fullmatch(r"mp20-\w{12} \+ mp20_judge-\w{12}", made_by)
     assert evaluation._load(None, "prototypes", None)[3]["checkpoint"] is None

@@ -579,7 +579,7 @@ def test_a_checkpoint_without_its_data_set_is_evaluated_on_a_named_one_only(mode
     nameless = str(save_checkpoint(tmp_path / "nameless.safetensors", model, {}))
     with pytest.raises(SystemExit, match=r"nameless\.safetensors' does not say its data set, expected --dataset"):
         cli.main(["evaluate", nameless])
-    with pytest.raises(SystemExit, match=r"nameless\.safetensors' does not say its data set, expected --source chains"):
+    with pytest.raises(SystemExit, match=r"nameless\.safetensors' does not say its data set, expected source chains"):
         cli.main(["predict", "NaCl", "--checkpoint", nameless, "--source", "both", "--output", str(tmp_path / "new")])
 
 

@@ -92,7 +92,7 @@ def predict(
     formulas: Sequence[str], checkpoint: str, output: Path, resume: bool, overwrite: bool, **options: Any
 ) -> None:
     """``contsp predict``: all that can be wrong is found before the first chain."""
-    from contsp_core.data import find_checkpoint, load_split, retold
+    from contsp_core.data import find_checkpoint, retold
 
     given, _ = read_formulas(formulas), find_checkpoint(checkpoint)  # before what takes seconds to import
     from pymatgen.core import Composition
@@ -100,7 +100,6 @@ def predict(
     from contsp_core import load_model
     from contsp_core.app import prediction as made
     from contsp_core.app.calculators import load_calculator
-    from contsp_core.checkpoints import read_settings
     from contsp_core.csp.candidates import TemplateLibrary
 
     name, pattern = options.pop("calculator"), options.pop("xrd")
@@ -117,10 +116,8 @@ def predict(
         output.mkdir(parents=True, exist_ok=True)
     library, failed = None, []
     if config.source != "chains":
-        if not (dataset := read_settings(checkpoint).get("dataset")):
-            raise ValueError(f"checkpoint {checkpoint!r} does not say its data set, expected --source chains")
         print("reading the training crystals …", file=sys.stderr)
-        library = TemplateLibrary(load_split(dataset, "train"))
+        library = TemplateLibrary.of_checkpoint(checkpoint)
     for formula in names:
         if resume and (output / formula / made.MADE_BY).is_file():  # perhaps by another process, meanwhile
             print(f"{formula}: kept as it is in {output / formula}/", file=sys.stderr)

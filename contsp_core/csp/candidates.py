@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -22,8 +23,10 @@ from pymatgen.core import Structure
 from pymatgen.core.structure_matcher import StructureMatcher
 from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
 
+from contsp_core.checkpoints import read_settings
 from contsp_core.crystals import Crystals, Rngs, fit_atomic_volumes, keyed_rng, pack, reduce_species
 from contsp_core.csp.metrics import is_valid_structure, run_with_time_limit
+from contsp_core.data import load_split
 from contsp_core.diffusion import DiffusionConfig
 from contsp_core.energy import ContinuousCGCNN, energy_and_gradient
 from contsp_core.lattice import apply_strain, niggli
@@ -121,6 +124,13 @@ class TemplateLibrary:
             groups[len(numbers), pattern].append((index, elements))
         # (number of atoms, reduced counts) -> crystals of that stoichiometry, and their elements in order of the counts
         self.groups = {key: tuple(map(np.array, zip(*entries, strict=True))) for key, entries in groups.items()}
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: str | Path) -> TemplateLibrary:
+        """The training crystals of a checkpoint; a ValueError if it does not say its data set."""
+        if not (dataset := read_settings(checkpoint).get("dataset")):
+            raise ValueError(f"checkpoint {str(checkpoint)!r} does not say its data set, expected source chains")
+        return cls(load_split(dataset, "train"))
 
     def substitute(self, species: Sequence[int], n: int, seed: int = 0) -> list[Structure]:
         """The training crystals of nearest composition with their elements exchanged.
