@@ -1,6 +1,7 @@
 """What the evaluation notebook shows of its scores: curves, ranking, and tables beside published numbers.
 
-``python notebooks/results.py figures/04_results_*.csv`` prints the tables of the README.
+``python notebooks/results.py figures/04_results_*.csv`` prints the tables of the README; given ``summary.json``
+of an evaluation, its row.
 """
 
 from __future__ import annotations
@@ -178,12 +179,13 @@ def to_markdown(table: pd.DataFrame) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the overview of results files."""
     parser = argparse.ArgumentParser(prog="python notebooks/results.py", description=main.__doc__)
-    parser.add_argument("files", nargs="+", type=Path, help="04_results_*.csv, as the evaluation notebook writes them")
+    parser.add_argument("files", nargs="+", type=Path, help="04_results_*.csv or summary.json of evaluations")
     files = parser.parse_args(arguments).files
     for path in files:
         if not path.is_file():
             parser.error(f"{path} is no file, expected a CSV of results")
-    print(to_markdown(overview_table(pd.concat(map(pd.read_csv, files)))), end="")
+    tables = [results_table([path], False) if path.suffix == ".json" else pd.read_csv(path) for path in files]
+    print(to_markdown(overview_table(pd.concat(tables))), end="")
 
 
 if __name__ == "__main__":

@@ -408,6 +408,9 @@ def test_the_command_prints_each_method_in_one_row(tmp_path, capsys):
     cells = "50.0 [40.0, 60.0] | 30.0 / 20.0 | 0.1000"
     assert lines[2] == f"| perov5 | ours | none | {cells} | {cells} | {cells} |"
     assert "| perov5 | DiffCSP | valid samples | 52.02 |  | 0.0760 | 98.60 |  | 0.0128 |  |  |  |" in lines
+    (tmp_path / "summary.json").write_text(json.dumps(summary("perov5")))
+    results.main([str(tmp_path / "summary.json")])
+    assert capsys.readouterr().out.splitlines() == lines[:3]
     with pytest.raises(SystemExit):
         results.main([str(tmp_path / "absent.csv")])
     assert "is no file" in capsys.readouterr().err

@@ -499,6 +499,10 @@ def test_a_calculator_that_fails_on_all_crystals_is_an_error_and_loses_none(tmp_
         cli.main(arguments)
     assert "EMT failed on all crystals" in capsys.readouterr().err
     assert (tmp_path / "NaCl" / "candidates.csv").is_file()
+    with pytest.raises(SystemExit, match="exists; --resume leaves it out"):
+        cli.main(arguments)
+    assert "kept as it is" not in run(capsys, *arguments[:-2], "--resume").err  # it did not count as done
+    assert "kept as it is" in run(capsys, *arguments, "--resume").err
 
 
 def test_a_formula_that_fails_does_not_stop_the_others(tmp_path, capsys):
@@ -529,7 +533,7 @@ def test_a_formula_that_fails_does_not_stop_the_others(tmp_path, capsys):
         (["NaCl", "--output", "bad.csv"], "bad.csv"),
         (["NaCl", "--output", "full"], "exists; --resume leaves it out, --overwrite replaces it"),
         (["NaCl", "--output", "full", "--overwrite"], "only an earlier prediction is replaced"),
-        (["NaCl", "--output", "full", "--resume"], "exists"),
+        (["NaCl", "--output", "full", "--resume"], "only an earlier prediction is replaced"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line_before_any_work(arguments, message, tmp_path, monkeypatch):

@@ -100,10 +100,8 @@ def relax_and_rank(
     Raises:
         ValueError: if a structure has no energy, or an argument is out of range.
     """
-    if max_steps < 0:
-        raise ValueError(f"max_steps is {max_steps}, expected ≥ 0")
-    if not force_tolerance > 0:
-        raise ValueError(f"force_tolerance is {force_tolerance}, expected > 0")
+    if max_steps < 0 or not force_tolerance > 0:
+        raise ValueError(f"max_steps is {max_steps}, force_tolerance {force_tolerance}; expected ≥ 0 and > 0")
     if any("energy" not in structure.properties for structure in structures):
         raise ValueError("one of structures has no properties['energy'], expected all with it")
     relaxed, failed = [], []

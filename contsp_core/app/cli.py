@@ -110,8 +110,8 @@ def predict(
     calculator = name and load_calculator(name)
     measured = None if pattern is None else made.read_pattern(pattern)
     for formula in names:
-        if not (resume and (output / formula / made.MADE_BY).is_file()):
-            made.check_replaceable(output / formula, overwrite)
+        if not (resume and made.is_finished(output / formula)):
+            made.check_replaceable(output / formula, overwrite or resume)
     with retold(f"output {str(output)!r} cannot be written", OSError):
         output.mkdir(parents=True, exist_ok=True)
     library, failed = None, []
@@ -119,7 +119,7 @@ def predict(
         print("reading the training crystals …", file=sys.stderr)
         library = TemplateLibrary.of_checkpoint(checkpoint)
     for formula in names:
-        if resume and (output / formula / made.MADE_BY).is_file():  # perhaps by another process, meanwhile
+        if resume and made.is_finished(output / formula):  # perhaps by another process, meanwhile
             print(f"{formula}: kept as it is in {output / formula}/", file=sys.stderr)
             continue
         species, doubts = plans[formula]
@@ -127,16 +127,18 @@ def predict(
             print(f"{formula}: {text}", file=sys.stderr)
         try:
             prediction = made.predict(model, formula, config, library, progress=True)
-            origin = made.provenance(checkpoint, config, prediction)
-            origin |= {"calculator": name, "xrd": pattern and str(pattern)}
             prediction = prediction.relaxed(calculator, config.n_jobs) if calculator else prediction
             prediction = prediction if measured is None else prediction.compared(measured)
-            folder = made.write_prediction(prediction, output / formula, origin, overwrite)
+            without = bool(calculator) and "calculator_energy" not in prediction.table
+            origin = made.provenance(checkpoint, config, prediction)
+            origin |= {"calculator": name, "calculator_failed": without, "xrd": pattern and str(pattern)}
+            again = overwrite or (resume and not made.is_finished(output / formula))
+            folder = made.write_prediction(prediction, output / formula, origin, again)
             for doubt in prediction.doubts[len(doubts) :]:
                 print(f"{formula}: warning: {doubt}", file=sys.stderr)
             for reason in dict.fromkeys(filter(None, prediction.table.get("calculator_error", []))):
                 print(f"{formula}: warning: {name} failed on some crystals: {reason}", file=sys.stderr)
-            if "calculator_energy" not in prediction.table and calculator:
+            if without:
                 raise ValueError(f"{name} failed on all crystals, which are in {folder} as they were found")
         except (ValueError, OSError, RuntimeError) as error:  # the other formulas do not wait for this one
             failed.append(formula)

@@ -230,8 +230,7 @@ def predict(
         raise ValueError(f"formula {formula!r} {problem}: nothing was found")
     if not (groups := candidates.rank_distinct(made)):
         raise ValueError(f"formula {formula!r}: atoms overlap in all of {len(made)} candidates, expected one without")
-    # the volume does not count when they are compared
-    groups = [sorted(group, key=candidates.is_crowded) for group in groups]
+    groups = [sorted(group, key=candidates.is_crowded) for group in groups]  # comparing them ignores volumes
     sound, chances = np.array([not candidates.is_crowded(group[0]) for group in groups]), np.zeros(len(groups))
     energies, counts = np.array([(group[0].properties["energy"], len(group)) for group in groups]).T
     as_calibrated = config.source == "chains" and config.n_steps is None and len(made) >= N_CALIBRATED and not doubted
@@ -390,6 +389,11 @@ def write_prediction(prediction: Prediction, folder: Path, origin: dict[str, Any
             old.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a prediction lies there, and no calculator failed on all of its crystals."""
+    return (folder / MADE_BY).is_file() and not json.loads((folder / MADE_BY).read_text()).get("calculator_failed")
 
 
 def check_replaceable(folder: Path, overwrite: bool) -> None:
