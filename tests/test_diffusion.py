@@ -15,7 +15,7 @@ from scipy import stats
 from test_energy import NOISY, random_batch, small_model
 from torch import Tensor
 
-from contsp_core import Crystals
+from contsp_core import Crystals, diffusion
 from contsp_core.diffusion import (
     DiffusionConfig,
     add_noise,
@@ -411,8 +411,11 @@ def test_contrast_prefers_data_to_what_chains_found():
         assert (model(found, sigma) > model(crystals, sigma)).all()
 
 
-def test_contrast_is_the_logistic_loss_of_energies_of_whole_crystals():
-    """Where both are the same crystal it is ln 2 but for the noise; without noise, ln(1 + exp(N ΔE)) exactly."""
+def test_contrast_is_the_logistic_loss_of_energies_of_whole_crystals(monkeypatch):
+    """Where both are the same crystal it is ln 2 but for the noise; without noise, ln(1 + exp(N ΔE)) exactly.
+
+    Half of the pairs have no noise, and all are told apart at their level.
+    """
     model, crystals = small_model(NOISY), small_crystals()
     sigma = torch.full((len(crystals),), 0.3, dtype=crystals.cell.dtype)
     same = [contrast_step(model, crystals, crystals, sigma, generator(s))["contrast"] for s in range(40)]
@@ -431,6 +434,15 @@ def test_contrast_is_the_logistic_loss_of_energies_of_whole_crystals():
     difference = crystals.n_atoms * (model(crystals, clean) - model(found, clean))
     (2 * torch.nn.functional.softplus(difference).mean()).backward()
     torch.testing.assert_close(gradient, model.fc_final.weight.grad, rtol=1e-3, atol=1e-6)
+    levels: list[Tensor] = []
+    monkeypatch.setattr(diffusion, "add_noise", lambda crystals, level, *_: [levels.append(level) or crystals])
+    with torch.no_grad():
+        difference = crystals.n_atoms * (model(crystals, sigma) - model(found, sigma))
+    rows = [contrast_step(model, crystals, found, sigma, generator(s)) for s in range(40)]
+    expected = float(torch.nn.functional.softplus(difference).mean())
+    assert [row["contrast"] for row in rows] == pytest.approx([expected] * 40, rel=1e-6)
+    assert 0.3 < float((torch.cat(levels) == 0.3).double().mean()) < 0.7
+    assert set(torch.cat(levels).tolist()) == {0.3, quiet.noise_min / 10}
 
 
 def model_with_cells(*crystals: tuple[list[int], list[float]]):

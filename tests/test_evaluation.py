@@ -80,9 +80,9 @@ def test_samples_return_from_files_with_gaps_and_energies(tmp_path):
 
 def test_a_source_that_makes_fewer_leaves_no_gap_to_fill(tmp_path):
     """A sample that was never made is not one that was lost."""
-    for structures, complete in (([cesium_chloride(), None], True), ([None, None], True)):
+    for structures in ([cesium_chloride(), None], [None, None]):
         write_samples(tmp_path, "a", structures)
-        assert evaluation._is_complete(tmp_path / "a") is complete
+        assert evaluation._is_complete(tmp_path / "a")
     write_samples(tmp_path, "b", [cesium_chloride(), cesium_chloride()])
     (tmp_path / "b" / "01.cif").unlink()
     assert not evaluation._is_complete(tmp_path / "b")
@@ -245,8 +245,19 @@ def test_a_checkpoint_is_scored_once_and_again_from_its_files(checkpoint, tmp_pa
     again = evaluate_checkpoint(checkpoint, "prototypes", tmp_path, QUICK)
     assert contents(tmp_path) == before
     pd.testing.assert_frame_equal(again.table, first.table)
-    with pytest.raises(ValueError, match="n_samples=2, expected 4"):
-        evaluate_checkpoint(checkpoint, "prototypes", tmp_path, EvaluationConfig(n_structures=3, n_samples=4, seed=1))
+    for name, value in {"n_samples": 4, "n_steps": 4, "seed": 2, "source": "start_descended", "split": "val"}.items():
+        with pytest.raises(ValueError, match=f"{name}='?{getattr(QUICK, name)}'?, expected '?{value}"):
+            evaluate_checkpoint(checkpoint, "prototypes", tmp_path, replace(QUICK, **{name: value}))
+    with pytest.raises(ValueError, match=r"checkpoint='tiny-.*', expected 'prototypes-"):
+        evaluate_checkpoint("prototypes", "prototypes", tmp_path, QUICK)
+
+
+def test_samples_are_made_with_the_seed_of_the_settings(checkpoint, tmp_path, monkeypatch):
+    seeds = []
+    none = lambda species, **options: seeds.append(options["seed"]) or [[None] * 2 for _ in species]  # noqa: E731
+    monkeypatch.setattr(evaluation, "make_candidates", none)
+    evaluate_checkpoint(checkpoint, "prototypes", tmp_path, replace(QUICK, seed=5))
+    assert set(seeds) == {5}
 
 
 @pytest.mark.parametrize("source", ["chains", "start_descended", "templates"])
@@ -290,6 +301,7 @@ def test_the_files_hold_the_scores(checkpoint, tmp_path):
     written = json.loads((tmp_path / "summary.json").read_text())["scores"]
     assert written["match_rate"] == expected["match_rate"] > 0
     assert written["match_rate_good@1"] == expected["match_rate_good@1"]
+    assert result.summary["settings"]["training_data"] == load_split("prototypes", "train").source.blob_id
     table = pd.read_csv(tmp_path / "per_crystal.csv", index_col="material_id", keep_default_na=False)
     assert table.index.tolist() == list(references.material_ids)
     assert json.loads(table["rms"].iloc[0])[0] == result.table["rms"].iloc[0][0]

@@ -570,6 +570,7 @@ def impossible_moves() -> dict[str, Tensor]:
         "flat": flat,
         "nearly flat": flat * (1 - 1e-14),
         "a point": -cell,
+        "tiny": -0.95 * cell,
         "a needle": cell @ torch.diag(torch.tensor([14.0, -7, -7], dtype=torch.float64).exp())
         - cell,  # volume as before
         "a plate": cell @ torch.diag(torch.tensor([7.0, 7, -14], dtype=torch.float64).exp()) - cell,

@@ -228,6 +228,10 @@ def test_invalid_samples_count_in_one_column_and_not_in_the_other():
     assert summary["match_rate@1"] == 1
     assert summary["match_rate_valid@1"] == 0.5
     assert table["n_invalid"].tolist() == [1, 0]
+    shaken = Structure(Lattice.cubic(3), ["H", "H"], [[0, 0, 0], [0.2, 0, 0]])
+    summary, _ = evaluate([reference], [[reference, shaken]])
+    assert summary["rmse@2"] == pytest.approx(0, abs=1e-7)
+    assert summary["rmse_valid@2"] == pytest.approx(0.04 * 3 / 2 / (27 / 2) ** (1 / 3))  # each moves half of the way
     charged = Structure(
         Lattice.cubic(3.5), ["Na", "Na", "Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -131,6 +132,18 @@ def test_crystals_are_ranked_and_each_stands_for_those_that_equal_it(prediction,
         assert all(StructureMatcher().fit(group[0], other) for other in group)
 
 
+def test_the_judge_ranks_and_the_seed_counts(model):
+    judge, judged = copy.deepcopy(model), copy.deepcopy(model)
+    judge.fc_final.weight.mul_(-1)
+    vars(judged)["judge"] = judge
+    quick = replace(QUICK, n_units=(1,), n_samples=2)
+    found = predict(judged, "NaCl", quick)
+    expected = judge(Crystals.from_structures(found.best))
+    assert found.table["energy"].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+    energies = [predict(model, "NaCl", replace(quick, seed=seed)).table["energy"].tolist() for seed in (0, 0, 1)]
+    assert energies[0] == pytest.approx(energies[1]) != pytest.approx(energies[2], abs=1e-3)
+
+
 def test_a_time_limit_ends_the_search_between_rounds_and_changes_no_sample(model):
     few = predict(model, "NaCl", PredictConfig(n_samples=16, n_steps=2, n_units=(1,), minutes=1e-6, n_jobs=1))
     assert few.n_made == 8
@@ -151,6 +164,7 @@ def test_confidence_counts_all_crystals_found_however_many_are_kept(model, predi
     assert "confidence" not in predict(model, "NaCl", asked).table  # too few chains
     monkeypatch.setattr("contsp_core.app.prediction.N_CALIBRATED", 6)
     assert "confidence" not in predict(model, "NaCl", replace(asked, n_steps=3)).table  # of a length that was asked for
+    assert "confidence" not in predict(model, "FrCl", asked).table  # of an element that was never seen
     tables = [predict(model, "NaCl", replace(asked, n_best=n)).table for n in (1, 6)]
     assert tables[0]["confidence"].iloc[0] == pytest.approx(tables[1]["confidence"].iloc[0], abs=1e-3)
     shares = tables[1]["found"].to_numpy() / 6

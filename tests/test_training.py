@@ -254,6 +254,21 @@ def test_a_loss_that_is_not_finite_changes_nothing(objective):
     assert not state.optimiser.state
 
 
+def test_a_gradient_that_is_not_finite_changes_nothing(monkeypatch):
+    """Though the loss is: it would stay in the weights, and in the optimiser."""
+    state, config = make_state()
+    before = copy.deepcopy(state.model.state_dict())
+
+    def overflow(model, *_):
+        model.fc_final.weight.grad = torch.full_like(model.fc_final.weight, math.inf)
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(training, "score_matching_step", overflow)
+    row = train_step(state, prototypes(), config, progress=0.0)
+    assert state.update == 0 and row["gradient_norm"] == math.inf
+    assert all(map(torch.equal, state.model.state_dict().values(), before.values()))
+
+
 def denoising_loss(model: nn.Module, crystals: Crystals) -> float:
     """At the same noise for every model."""
     sigma = random_noise_levels(model, len(crystals), make_rng(1))
@@ -329,6 +344,9 @@ def test_presets_defaults_and_command_line_agree(monkeypatch, tmp_path):
     main(["--dataset", "mp20", "--objective", "contrastive_divergence", "--n-steps", "100"])
     published = preset("mp20", "contrastive_divergence")[1]
     assert jobs[2].config == replace(published, chain=replace(published.chain, n_steps=100))
+    main(["--dataset", "mp20", "--initial", "mp20", "--negatives", "a.npz", "b.npz", "--contrast-weight", "2"])
+    assert (jobs[3].initial, jobs[3].negatives) == ("mp20", ["a.npz", "b.npz"])
+    assert jobs[3].config == replace(preset("mp20")[1], contrast_weight=2.0)
 
 
 @pytest.mark.parametrize(
@@ -394,6 +412,9 @@ def test_a_run_leaves_a_checkpoint_with_its_settings_and_a_log(tmp_path, objecti
     state = run(job, shown.append)
     assert [row["update"] for row in shown] == list(range(6)) and state.update == 6
     assert [float(row["loss"]) for row in log_of(job)] == [row["loss"] for row in shown]
+    rates = [training._learning_rate(job.config, update, update / 6) for update in range(6)]
+    assert [row["learning_rate"] for row in shown] == pytest.approx(rates)
+    assert state.optimiser.param_groups[0]["weight_decay"] == job.config.weight_decay
     made = read_settings(job.output)
     assert made["dataset"] == "prototypes" and made["n_structures"] == 6 and made["n_updates"] == 6
     assert made["training"] == asdict(job.config) and made["n_retries"] == 0
@@ -412,11 +433,22 @@ def negatives(path: Path, reverse: bool = False, seed: int = 1) -> Path:
     return path
 
 
-def test_a_run_tells_data_from_negatives(tmp_path):
+def test_a_run_tells_data_from_negatives(tmp_path, monkeypatch):
     """The pairs are those of the chosen crystals, and a stopped run goes on with the same ones."""
     found = negatives(tmp_path / "found.npz")
     whole = tiny_job(tmp_path / "whole.safetensors", contrast_weight=2.0, negatives=[found, found])
-    run(whole)
+    step, pairs = training.contrast_step, []
+
+    def record(model, crystals, wrong, sigma, rng, weight):
+        pairs.append((crystals, wrong, weight))
+        return step(model, crystals, wrong, sigma, rng, weight)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "contrast_step", record)
+        run(whole)
+    assert len(pairs) == 6 and {weight for _, _, weight in pairs} == {2.0}
+    for crystals, wrong, _ in pairs:
+        assert torch.equal(crystals.atomic_numbers, wrong.atomic_numbers) and torch.equal(crystals.cell, wrong.cell)
     assert all(0 < float(row["contrast"]) < 50 and 0 <= float(row["told_apart"]) <= 1 for row in log_of(whole))
     assert read_settings(whole.output)["negatives"] == ["found.npz", "found.npz"]
     part = replace(whole, output=tmp_path / "part.safetensors")
@@ -452,8 +484,10 @@ def test_negatives_of_other_crystals_or_for_another_objective_are_refused(tmp_pa
 
 
 def test_a_run_ends_when_its_time_is_over(tmp_path):
-    state = run(tiny_job(tmp_path / "tiny.safetensors", n_updates=None, time_limit_s=0.3))
-    assert state.update > 0 and 0.3 <= state.elapsed_s < 5
+    job = tiny_job(tmp_path / "tiny.safetensors", n_updates=None, time_limit_s=0.3)
+    state = run(job)
+    assert state.update > 0 and state.elapsed_s >= 0.3
+    assert run(replace(job, resume=True)).update == state.update  # the time before counts
 
 
 def test_a_run_may_start_from_a_checkpoint(tmp_path):
@@ -508,9 +542,12 @@ def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path):
     run(job)
     assert run(replace(job, config=replace(job.config, n_updates=4), resume=True)).update == 4
     assert [row["update"] for row in log_of(job)] == ["0", "1", "2", "3"]
-    for changes, name in (({"learning_rate": 1.0}, "learning_rate"), ({"n_structures": 5}, "n_structures")):
-        with pytest.raises(ValueError, match=f"was saved with {name} = "):
+    energy = replace(job.energy, cutoff_multiple=2.1)
+    for changes in ({"learning_rate": 1.0}, {"n_structures": 5}, {"initial": job.output}):
+        with pytest.raises(ValueError, match=f"was saved with {next(iter(changes))} = "):
             run(tiny_job(job.output, resume=True, **changes))
+    with pytest.raises(ValueError, match=r"was saved with cutoff_multiple = 2\.0"):
+        run(replace(job, energy=energy, resume=True))
 
 
 def kill_and_resume(folder: str, n_kills: int) -> None:
@@ -622,9 +659,9 @@ def test_a_loss_that_is_not_finite_takes_the_run_back_to_other_random_numbers(
 ):
     fail_at(monkeypatch, update=4, n_failures=n_failures)
     job = tiny_job(tmp_path / "tiny.safetensors")
-    state = run(job, stop_at := [].append)
+    state = run(job)
     assert (state.update, state.n_retries, read_settings(job.output)["n_retries"]) == (6, n_retries, n_retries)
-    assert [row["update"] for row in log_of(job)] == list("012345") and stop_at
+    assert [row["update"] for row in log_of(job)] == list("012345")
     assert all(math.isfinite(float(row["loss"])) for row in log_of(job))
 
 
@@ -830,6 +867,9 @@ def work(rank: int, folder: str) -> None:
     for case in CASES:
         rows, state = updates_of(*case)
         found.append((rows, state.averaged.state_dict()))
+    shares = [training._progress(state, TrainConfig(time_limit_s=9e9), time.monotonic() - 5e9 * rank)]
+    state.stopped_by = signal.SIGTERM if rank else None
+    found.append(([*shares, training._progress(state, TrainConfig(), 0.0)], {}))
     torch.save(found, Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -837,6 +877,8 @@ def work(rank: int, folder: str) -> None:
 def test_two_processes_compute_what_one_does(tmp_path):
     torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    times, others = (result.pop()[0] for result in results)
+    assert times == others == [pytest.approx(5 / 9, rel=1e-3), math.inf]  # of the clock and of a signal to one of them
     for (rows, weights), (other_rows, other_weights), case in zip(*results, CASES):
         expected_rows, state = updates_of(*case)
         assert rows == other_rows, case
@@ -851,9 +893,10 @@ def test_torchrun_trains_as_one_process_does(tmp_path):
     arguments = ["--dataset", "prototypes", "--n-structures", "5", "--n-updates", "3"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "contsp_core.training", *arguments, "--output", str(tmp_path / "two.safetensors")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("update 0, ") == 1  # one process speaks
+    for more, n_said in ((["--n-updates", "1"], 1), (["--resume"], 0)):
+        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("update 0, ") == n_said  # one process speaks
     main([*arguments, "--output", str(tmp_path / "one.safetensors")])
     two, one = (Job("prototypes", tmp_path / f"{name}.safetensors", SMALL, SHORT) for name in ("two", "one"))
     for row, expected in zip(log_of(two), log_of(one), strict=True):
