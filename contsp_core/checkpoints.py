@@ -28,11 +28,14 @@ FORMAT = "contsp-3"
 def save_checkpoint(path: str | Path, model: ContinuousCGCNN, settings: dict[str, Any]) -> Path:
     """Write the model, its configuration, how it is sampled, and settings; the file appears whole or not at all.
 
-    A ``path`` that does not end in ``.safetensors`` is a ValueError; ``settings``, of data and training, go into JSON.
+    ``settings``, of data and training, go into JSON. A ``path`` that does not end in ``.safetensors``, and a judge that
+    is not named there, are a ValueError.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"checkpoint is {str(path)!r}, expected a path that ends in .safetensors")
+    if model.judge is not model and not settings.get("judge"):
+        raise ValueError("model has a judge, expected its bundled name, or path, as settings['judge']")
     settings = settings | {"sampling": asdict(sampling_config(model))}
     header = {"energy": json.dumps(asdict(model.config)), "settings": json.dumps(settings, sort_keys=True)}
     write_tensors(path, model.state_dict(), header)
@@ -72,10 +75,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def read_settings(name_or_path: str | Path) -> dict[str, Any]:
     """The settings saved with a checkpoint, and its energy configuration under ``energy``; see :func:`load_model`."""
-    path = find_checkpoint(name_or_path)
-    metadata = read_tensors(path)[1]
+    return _read(find_checkpoint(name_or_path))[1]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, metadata = read_tensors(path)
     with retold(f"checkpoint {path} has unreadable settings", ValueError, KeyError, TypeError):
-        return json.loads(metadata["settings"]) | {"energy": json.loads(metadata["energy"])}
+        return tensors, json.loads(metadata["settings"]) | {"energy": json.loads(metadata["energy"])}
 
 
 def load_model(name_or_path: str | Path, device: str | torch.device | None = None) -> ContinuousCGCNN:
@@ -84,14 +90,14 @@ def load_model(name_or_path: str | Path, device: str | torch.device | None = Non
     What it was saved with is told by :func:`read_settings`; ``model.sampling`` says how to sample it, ``model.judge``
     is the energy that ranks. A ValueError tells of a file that is missing or damaged, or of weights not finite.
     """
-    path, settings = find_checkpoint(name_or_path), read_settings(name_or_path)
-    tensors, judge = read_tensors(path)[0], settings.get("judge")
+    tensors, settings = _read(path := find_checkpoint(name_or_path))
+    judge = settings.get("judge")
     if judge and read_settings(judge).get("judge"):  # a circle would have no end
         raise ValueError(f"checkpoint {path} has the judge {judge!r}, which has one too, expected one without")
     judge = judge and load_model(judge, device)
     with retold(f"checkpoint {path} does not fit its own configuration", Exception):  # whatever a header can say
         config = EnergyConfig(**settings["energy"])
-        kind = AnnealConfig if config.noise_max is None else DiffusionConfig
+        kind = AnnealConfig if "proposal" in settings["sampling"] else DiffusionConfig
         with torch.device("meta"):  # no memory is spent on what the file only claims to hold
             model = ContinuousCGCNN(config, kind(**settings["sampling"]), judge).to(tensors["embedding.weight"].dtype)
         for name, tensor in model.state_dict().items():

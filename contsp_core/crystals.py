@@ -28,7 +28,7 @@ Rng = torch.Generator | Rngs  # or one for a batch
 MIN_VOLUME = 1e-6  # Å³: below this a cell is called flat, whatever its shape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Crystals:
     """A batch of periodic units U = (L, X, a): cell, positions and species (Tone et al., arXiv 2502.02026).
 
@@ -112,24 +112,32 @@ class Crystals:
     @property
     def element_counts(self) -> Tensor:
         """(n_systems, 101) int64, how many atoms of each atomic number."""
-        return self.sum_atoms(torch.nn.functional.one_hot(self.atomic_numbers, MAX_ATOMIC_NUMBER + 1))
+        n_elements = MAX_ATOMIC_NUMBER + 1
+        places = self.system_idx * n_elements + self.atomic_numbers
+        return torch.bincount(places, minlength=len(self) * n_elements).view(-1, n_elements)
 
     def __len__(self) -> int:
         return len(self.cell)
 
-    def replace(self, **geometry: Tensor) -> Crystals:
-        """The same atoms in another geometry: another ``cell``, other ``positions``, or both.
+    def replace(self, cell: Tensor | None = None, positions: Tensor | None = None) -> Crystals:
+        """The same atoms in another geometry: another cell, other positions, or both.
 
         Values are not checked again: a Monte Carlo proposal may be non-finite, and it is the sampler that rejects it.
         """
         new = object.__new__(Crystals)
-        vars(new).update(vars(self) | geometry)
+        vars(new).update(vars(self))
+        for name, tensor in (("cell", cell), ("positions", positions)):
+            if tensor is not None and tensor.shape != vars(self)[name].shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(vars(self)[name].shape)}")
+            vars(new).update({} if tensor is None else {name: tensor})
         return new
 
     def to(self, target: torch.device | str | torch.dtype) -> Crystals:
         """A copy on another device, or in another floating-point precision."""
-        names = ("cell", "positions") if isinstance(target, torch.dtype) else vars(self)
-        return self.replace(**{name: getattr(self, name).to(target) for name in names})
+        new, floats = self.replace(self.cell.to(target), self.positions.to(target)), isinstance(target, torch.dtype)
+        indices = {name: getattr(self, name) for name in ("atomic_numbers", "system_idx")}
+        vars(new).update(indices if floats else {name: tensor.to(target) for name, tensor in indices.items()})
+        return new
 
     def __iter__(self) -> Iterator[Crystals]:
         return map(self.__getitem__, range(len(self)))
@@ -165,7 +173,7 @@ class Crystals:
     ) -> Crystals:
         """From cells (n_systems, 3, 3), concatenated Cartesian positions (Å) and one list of atomic numbers each."""
         counts = torch.tensor([len(numbers) for numbers in species], dtype=torch.int64)
-        cell, xyz = (torch.as_tensor(np.asarray(array), dtype=dtype) for array in (cells, positions))
+        cell, xyz = (torch.as_tensor(np.asarray(array), dtype=dtype).clone() for array in (cells, positions))
         flat = torch.tensor([number for numbers in species for number in numbers], dtype=torch.int64)
         return cls(cell, xyz, flat, torch.repeat_interleave(torch.arange(len(counts)), counts))
 
@@ -197,7 +205,7 @@ class Crystals:
 
 
 def keyed_rng(*key: object) -> torch.Generator:
-    """A generator of the key alone: equal keys give equal numbers anywhere, others unless 32 bits of a hash agree."""
+    """A generator of the text of a key alone: equal texts give equal numbers, others unless 32 bits of a hash agree."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 

@@ -269,9 +269,9 @@ class Split(Sequence["Structure"]):
         text = f"{self.name}/{self.split} is not the official file (git blob {self.source.blob_id[:12]})"
         return "" if self.source.official else f"{text}; results cannot be compared with published ones"
 
-    def select(self, indices: Sequence[int]) -> Split:
-        """The chosen crystals, in the order given."""
-        chosen = np.asarray(indices, dtype=np.int64)
+    def select(self, indices: Sequence[int] | np.ndarray) -> Split:
+        """The chosen crystals, in the order given; or those for which a mask of all is true."""
+        chosen = np.arange(len(self))[np.asarray(indices) if len(indices) else slice(0)]
         columns = {name: column[chosen] for name, column in self.columns.items()}
         ids = [self.material_ids[i] for i in chosen]
         return replace(self, material_ids=ids, crystals=self.crystals[chosen], columns=columns)

@@ -210,10 +210,10 @@ def _langevin(width: float, config: DiffusionConfig) -> _Step:
 
 def schedule(energy: EnergyConfig, config: DiffusionConfig) -> list[tuple[float, _Step, _Step]]:
     """σ, step of the atoms (Å) and step of the strain of each move; the strain rests where its width is capped."""
-    if config.noise_first is not None and config.noise_first < cast(float, energy.noise_min):
-        raise ValueError(f"noise_first is {config.noise_first}, expected ≥ {energy.noise_min}, the lowest level")
-    n_levels = min(config.n_levels, config.n_steps)
-    first, last = (math.log10(cast(float, x)) for x in (config.noise_first or energy.noise_max, energy.noise_min))
+    lowest, highest = cast(float, energy.noise_min), cast(float, energy.noise_max)
+    if not lowest <= (begin := highest if config.noise_first is None else config.noise_first) <= highest:
+        raise ValueError(f"noise_first is {begin}, expected {lowest} … {highest}, as the levels of the energy")
+    n_levels, (first, last) = min(config.n_levels, config.n_steps), (math.log10(begin), math.log10(lowest))
     sigmas = torch.cat([torch.logspace(first, last, n_levels, dtype=torch.float64), torch.zeros(1)])
     widths, steps = strain_width(energy, sigmas).tolist(), []
     for level, ((sigma, below), (width, next_width)) in enumerate(zip(pairwise(sigmas.tolist()), pairwise(widths))):

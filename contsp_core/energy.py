@@ -50,7 +50,7 @@ class EnergyConfig:
     def __post_init__(self) -> None:
         check_settings(self, n_basis=(2, math.inf), density_weight=(0, math.inf))
         low, high = self.noise_min, self.noise_max
-        if not (low is high if low is None or high is None else low < high):
+        if (low is None) != (high is None) or (low is not None and high is not None and not low < high):
             raise ValueError(f"noise_min, noise_max are {low, high}, expected both None, or 0 < noise_min < noise_max")
 
     @property
@@ -188,6 +188,11 @@ class ContinuousCGCNN(nn.Module):
         else:
             energy = self._readout(crystals.sum_atoms(nodes) / crystals.n_atoms[:, None] + to_readout)
         return (energy if sigma is None else energy / sigma) + self.density_term(crystals)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ContinuousCGCNN:
+        if self.judge is not self:  # it follows to another device or precision
+            self.judge._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _readout(self, features: Tensor) -> Tensor:
         """(n, D) -> (n,)."""

@@ -76,7 +76,7 @@ def similar_cells(model: ContinuousCGCNN, species: Sequence[int]) -> Tensor:
     """
     bank, own = model.start_counts.cpu(), torch.bincount(torch.tensor(species), minlength=MAX_ATOMIC_NUMBER + 1)
     other = (bank != own).any(dim=1)
-    rows = torch.nonzero((bank.sort(dim=1).values == own.sort().values).all(dim=1) & other)[:, 0]
+    rows = torch.nonzero(of_pattern(bank, own) & other)[:, 0]
     if len(rows) == 0:
         difference = (bank.sum(dim=1) - len(species)).abs().masked_fill(~other, 2**30)  # the last resort
         return torch.nonzero(difference == difference.min())[:, 0]
@@ -86,6 +86,16 @@ def similar_cells(model: ContinuousCGCNN, species: Sequence[int]) -> Tensor:
     distance = torch.from_numpy(element_distances())[present[:, :, None], elements]  # (m, n, n)
     exchanged = distance[:, torch.arange(n_elements), torch.tensor(assignments(counts.tolist()))]
     return rows[(exchanged * counts).sum(dim=2).min(dim=1).values.argsort(stable=True)]
+
+
+def training_counts(model: ContinuousCGCNN | None) -> Tensor:
+    """(n, 101) int64 atoms of each element in the training crystals; n is 0 for an energy without noise levels."""
+    return getattr(model, "start_counts", torch.zeros(0, MAX_ATOMIC_NUMBER + 1)).cpu().long()
+
+
+def of_pattern(counts: Tensor, own: Tensor) -> Tensor:
+    """Which crystals (n, 101) have the numbers of atoms of another one (101,), whatever their elements: (n,) bool."""
+    return (counts.sort(dim=1).values == own.sort().values).all(dim=1)
 
 
 def assignments(counts: Sequence[int]) -> list[list[int]]:
@@ -157,7 +167,7 @@ def sample_structures(
     rounding) on how chains are batched. Entries of one formula therefore get the same samples.
 
     Args:
-        model: from :func:`contsp_core.load_model`; it is not changed.
+        model: from :func:`contsp_core.load_model`; a copy in evaluation mode is used.
         species: one entry a crystal: the atomic numbers of its cell, or a formula such as ``"BaTiO3"`` (one unit).
         n_samples: structures for each entry; or their numbers, to go on where an earlier call stopped.
         n_steps: length of the chains; by default as the model's settings say.
@@ -167,8 +177,9 @@ def sample_structures(
         progress: show a progress bar of chain steps.
 
     Returns:
-        One list of structures per entry, each with its energy (dimensionless) in ``properties["energy"]``. A ValueError
-        tells of an entry that is no formula and no list of atomic numbers, or a number that is no count.
+        One list of structures per entry, each with the energy of the model's judge (dimensionless), which ranks them,
+        in ``properties["energy"]``. A ValueError tells of an entry that is no formula and no list of atomic numbers, or
+        a number that is no count.
     """
     from tqdm.auto import tqdm
 
@@ -181,9 +192,8 @@ def sample_structures(
             raise ValueError(f"{name} is {value!r}, expected an integer ≥ {least}")
     entries = [tuple(sorted(numbers)) for numbers in resolve_species(species)]
     config = sampling_config(model) if n_steps is None else replace(sampling_config(model), n_steps=n_steps)
-    if device is not None:
-        with retold(f"device is {device!r}, which fails", RuntimeError, AssertionError):
-            model = copy.deepcopy(model).to(device)
+    with retold(f"device is {device!r}, which fails", RuntimeError, AssertionError):
+        model = copy.deepcopy(model).eval().to(device or next(model.parameters()).device)
     numbered = range(cast(int, n_samples)) if numbered is None else numbered
     chains = [(numbers, n) for numbers in sorted(set(entries), key=lambda e: (len(e), e)) for n in numbered]
     batches = pack([len(numbers) for numbers, _ in chains], batch_atoms or batch_size(model))
@@ -195,7 +205,7 @@ def sample_structures(
             start = start_crystals(model, numbers, rng, places)
             crystals = run_chains(model, start, config, rng, lambda *_: bar.update())
             with torch.no_grad():
-                energies = model(crystals).tolist()
+                energies = model.judge(crystals).tolist()
             for (numbers, _), structure, energy in zip(chains[batch], crystals.to_structures(), energies, strict=True):
                 structure.properties["energy"] = energy
                 found[numbers].append(structure)

@@ -3,8 +3,9 @@
 ``python -m contsp_core.training --dataset perov5 --output runs/perov5.safetensors``, or with two processes
 ``torchrun --standalone --nproc-per-node 2 -m contsp_core.training --dataset perov5``
 
-Everything random in an update is drawn from the seed, the update and the place of a crystal in its batch. So a run that
-was stopped and resumed, or is shared by several processes, computes what an undisturbed one does.
+Everything random in an update is drawn from the seed, the update, the retries before it and the place of a crystal in
+its batch. So a run that was stopped and resumed, or is shared by several processes, computes what an undisturbed one
+does.
 """
 
 from __future__ import annotations
@@ -336,9 +337,9 @@ def run(job: Job, on_row: Callable[[Row], None] | None = None) -> TrainState:
             if state.update == row["update"]:
                 _return_to_saved_state(job, state, row)
                 continue
-            state.rows.append(row)
-            if on_row is not None and rank == 0:
-                on_row(row)
+            if rank == 0:
+                state.rows.append(row)
+                on_row is None or on_row(row)
             if time.monotonic() - saved > job.save_every_s:
                 _save(job, state, log)
                 saved = time.monotonic()
@@ -417,6 +418,8 @@ def _open_log(job: Job) -> Iterator[IO[bytes]]:
 
 def _cut_log(job: Job, log: IO[bytes], n_updates: int) -> None:
     """Remove what was written after the state was saved."""
+    if not n_updates:  # a state from before would be ahead of the log
+        job.state.unlink(missing_ok=True)
     log.seek(0)
     lines = log.readlines()[: n_updates + 1 if n_updates else 0]  # with the header
     if n_updates and (len(lines) <= n_updates or not lines[-1].endswith(b"\n")):
@@ -511,8 +514,9 @@ def _parse_arguments(arguments: Sequence[str]) -> Job:
     parser.add_argument("--n-structures", type=int, help="use only so many training crystals")
     parser.add_argument("--seed", type=int, default=TrainConfig.seed)
     parser.add_argument("--device", default=Job.device, help="cpu, cuda or cuda:<n>; with torchrun, cuda is one each")
-    parser.add_argument("--resume", action="store_true", help="go on from a saved state, if there is one")
-    parser.add_argument("--overwrite", action="store_true", help="begin anew in the place of an earlier run")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on from a saved state, if there is one")
+    existing.add_argument("--overwrite", action="store_true", help="begin anew in the place of an earlier run")
     options = parser.parse_args(arguments)
     energy, config = preset(options.dataset, options.objective)
     given = {k: v for k, v in vars(options).items() if k in TrainConfig.__dataclass_fields__ and v is not None}
@@ -520,6 +524,8 @@ def _parse_arguments(arguments: Sequence[str]) -> Job:
         if not 1e-3 <= limit <= 1e7:
             raise ValueError(f"--minutes is {limit}, expected 0.001 … 10000000")
         given = {"n_updates": None, "time_limit_s": 60 * limit} | given
+    if options.contrast_weight is not None and not options.negatives:
+        raise ValueError("--contrast-weight is for --negatives, which are not given")
     if options.n_steps is not None:
         if options.objective != "contrastive_divergence":
             raise ValueError("--n-steps is for contrastive_divergence: score_matching runs no chains")

@@ -114,7 +114,7 @@ def _coset_representatives(matrix: Tensor) -> Tensor:
 
 
 def random_supercell(crystals: Crystals, rng: torch.Generator) -> Crystals:
-    """A random supercell of 1 … 4 cells: a random Hermite normal form in a random basis."""
+    """A random supercell of 1 … 4 cells, repeated along one random direction, in a random basis."""
     n_systems = len(crystals)
     n_cells = torch.randint(1, LARGEST_SUPERCELL + 1, (n_systems,), generator=rng)
     matrices = torch.eye(3, dtype=torch.int64).repeat(n_systems, 1, 1)

@@ -31,8 +31,8 @@ from contsp_core.csp.candidates import TemplateLibrary, standardise
 from contsp_core.csp.views import is_live, view_crystal
 from contsp_core.data import CHECKPOINTS, one_line
 
-# a link that looks like a button, also where the style sheet of JupyterLab is not at hand
 HELD_BACK_S = 0.5  # in which what was typed while the kernel was busy arrives: the browser sends it after the click
+# a link that looks like a button, also where the style sheet of JupyterLab is not at hand
 BUTTON = "display:inline-block;padding:4px 14px;border-radius:3px;background:#1f6f8b;color:white;text-decoration:none"
 
 

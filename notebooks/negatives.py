@@ -15,11 +15,12 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from contsp_core import Crystals, load_model
-from contsp_core.crystals import keyed_rng
+from contsp_core.crystals import keyed_rng, reduce_counts
 from contsp_core.csp.candidates import TemplateLibrary, descend
 from contsp_core.csp.metrics import spread
 from contsp_core.data import load_split
@@ -45,10 +46,10 @@ def from_chains(model: ContinuousCGCNN, seed: int, n_steps: int | None, part: Pa
 
 
 @lru_cache(maxsize=1)
-def library_of(dataset: str) -> tuple[TemplateLibrary, torch.Tensor]:
-    """Made once in each process: the training crystals, and their element counts."""
+def library_of(dataset: str) -> tuple[TemplateLibrary, np.ndarray]:
+    """Made once in each process: the training crystals, and their compositions."""
     split = load_split(dataset, "train")
-    return TemplateLibrary(split), split.crystals.element_counts
+    return TemplateLibrary(split), reduce_counts(split.crystals.element_counts.numpy())
 
 
 def from_templates(
@@ -59,7 +60,7 @@ def from_templates(
     (library, counts), rows, chosen = library_of(dataset), [], []
     for row, species in part:
         made = library.substitute(species, N_FOUND, seed)
-        others = [s for s in made if not torch.equal(counts[s.properties["template"]], counts[row])][:N_STARTS]
+        others = [s for s in made if (counts[s.properties["template"]] != counts[row]).any()][:N_STARTS]
         if others:
             place = torch.randint(len(others), (), generator=keyed_rng("template", seed, row))
             rows.append(row)

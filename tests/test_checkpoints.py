@@ -59,7 +59,8 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, config, dtype):
 
 
 @pytest.mark.parametrize(
-    ("config", "sampling"), [(SMALL, AnnealConfig(n_steps=7, proposal="strain")), (NOISY, DiffusionConfig(9, 3))]
+    ("config", "sampling"),
+    [(SMALL, AnnealConfig(n_steps=7, proposal="strain")), (NOISY, DiffusionConfig(9, 3)), (NOISY, AnnealConfig())],
 )
 def test_a_model_remembers_how_it_is_sampled(tmp_path, config, sampling):
     path = save_checkpoint(tmp_path / "model.safetensors", ContinuousCGCNN(config, sampling), {})
@@ -80,6 +81,11 @@ def test_another_energy_may_be_the_judge(tmp_path, saved):
         assert torch.equal(loaded.judge(crystals), other(crystals))
         assert loaded.state_dict().keys() == model.state_dict().keys()
         assert len([*loaded.parameters()]) == len([*model.parameters()])
+    moved = load_model(path).double()  # to another precision, and to another device
+    assert torch.allclose(moved.judge(crystals.to(torch.float64)).float(), other(crystals), atol=1e-4)
+    assert moved.to("meta").judge.embedding.weight.is_meta
+    with pytest.raises(ValueError, match="model has a judge, expected its bundled name, or path, as settings"):
+        save_checkpoint(tmp_path / "unnamed.safetensors", load_model(path), {})
     with pytest.raises(ValueError, match=r"judged\.safetensors', which has one too, expected one without"):
         load_model(save_checkpoint(path, model, {"judge": str(path)}))
     save_checkpoint(path, model, {"judge": str(saved)})

@@ -179,6 +179,17 @@ def test_conversion_keeps_types_of_integers_and_replacing_keeps_the_atoms():
     assert batch.to("meta").atomic_numbers.device.type == "meta"
     moved = batch.replace(positions=batch.positions * math.nan)  # a proposal may be anything: the sampler rejects it
     assert moved.cell is batch.cell and moved.species == batch.species
+    with pytest.raises(ValueError, match=r"positions has shape \(1, 3\), expected"):
+        batch.replace(positions=batch.positions[:1])
+    with pytest.raises(TypeError):
+        batch.replace(frac_coords=batch.frac_coords)
+
+
+def test_a_batch_does_not_share_the_memory_of_its_arrays():
+    cells, positions = np.eye(3)[None] * 4, np.zeros((1, 3))
+    crystals = Crystals.from_arrays(cells, positions, [[26]], torch.float64)
+    cells[:], positions[:] = 0, 1
+    assert crystals.volume.item() == 64 and not crystals.positions.any()
 
 
 @given(st.lists(st.tuples(st.integers(-5, 5), st.integers(0, 4)), max_size=8))

@@ -134,6 +134,10 @@ def test_select_and_slice_agree_with_list_indexing(indices: list[int]) -> None:
     assert chosen.columns["formula"].tolist() == [split.columns["formula"][i] for i in indices]
     assert [s.composition for s in chosen] == [split[i].composition for i in indices]
     assert split[3:30:4].material_ids == split.material_ids[3:30:4]
+    mask = np.isin(np.arange(len(split)), indices)
+    assert split.select(mask).material_ids == [split.material_ids[i] for i in sorted(set(indices))]
+    with pytest.raises(IndexError):
+        split.select([0.5])  # type: ignore[list-item]
 
 
 def test_choice_is_seeded_ordered_and_without_repeats() -> None:

@@ -353,8 +353,9 @@ def test_sampling_goes_through_the_noise_levels_from_the_first_one(noise_first, 
 
 
 def test_sampling_does_not_begin_below_the_last_level():
-    with pytest.raises(ValueError, match=r"noise_first is 0\.001, expected ≥ 0\.02, the lowest level"):
-        schedule(NOISY, DiffusionConfig(noise_first=0.001))
+    for level in (0.001, 15.0):
+        with pytest.raises(ValueError, match=rf"noise_first is {level}, expected 0\.02 … 2\.0, as the levels"):
+            schedule(NOISY, DiffusionConfig(noise_first=level))
 
 
 @pytest.mark.parametrize(("n_steps", "steps_each"), [(12, (4, 4, 4)), (11, (4, 4, 3)), (2, (1, 1))])

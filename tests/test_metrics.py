@@ -19,6 +19,7 @@ from smact.screening import smact_validity
 
 from contsp_core.csp import metrics
 from contsp_core.csp.metrics import (
+    PairScore,
     bootstrap_interval,
     evaluate_csp,
     is_charge_neutral,
@@ -81,6 +82,13 @@ def test_descriptions_of_one_solid_match():
     rotated.make_supercell([[1, 1, 0], [0, 1, 3], [1, 0, 1]])  # four cells, skewed
     rotated.translate_sites(range(len(rotated)), [0.1, 0.2, 0.3])
     assert score_pair(rotated, reference)[0] == pytest.approx(0, abs=1e-5)
+
+
+def test_oxidation_states_do_not_matter():
+    charged = rock_salt()
+    charged.add_oxidation_state_by_guess()
+    for pair in ((charged, rock_salt()), (rock_salt(), charged), (charged, charged)):
+        assert score_pair(*pair) == score_pair(rock_salt(), rock_salt()) != score_pair(None, rock_salt())
 
 
 def test_volume_alone_does_not_matter():
@@ -252,6 +260,20 @@ def test_metre_forgives_the_order_of_polymorphs():
     assert summary["metre@1"] == summary["match_rate@1"] == 0.5
     summary, _ = evaluate(references, predictions, metre=False)
     assert math.isnan(summary["metre@1"])
+
+
+def test_no_metre_where_too_many_crystals_share_a_composition(monkeypatch):
+    monkeypatch.setattr(metrics, "MAX_POOL", 2)
+    n_compared = []
+    monkeypatch.setattr(
+        metrics,
+        "run_with_time_limit",
+        lambda _, tasks, *__: n_compared.append(len(tasks)) or [PairScore()] * len(tasks),
+    )
+    for n in (2, 3):
+        summary, _ = evaluate([rock_salt()] * n, [[rock_salt()]] * n)
+        assert math.isnan(summary["metre@1"]) == (n == 3)
+    assert n_compared == [4, 3]
 
 
 def test_metre_at_k_uses_the_first_k_of_each():

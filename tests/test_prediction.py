@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from importlib.metadata import version
 from unittest.mock import Mock
@@ -599,6 +600,15 @@ def test_a_checkpoint_without_its_data_set_is_evaluated_on_a_named_one_only(mode
         cli.main(["evaluate", nameless])
     with pytest.raises(SystemExit, match=r"nameless\.safetensors' does not say its data set, expected source chains"):
         cli.main(["predict", "NaCl", "--checkpoint", nameless, "--source", "both", "--output", str(tmp_path / "new")])
+
+
+def test_templates_that_a_checkpoint_was_not_trained_on_are_told(model, tmp_path):
+    for blob_id in (load_split("prototypes", "train").source.blob_id, "0" * 40):
+        settings = {"dataset": "prototypes", "data": {"blob_id": blob_id}}
+        path = save_checkpoint(tmp_path / "other.safetensors", model, settings)
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            assert TemplateLibrary.of_checkpoint(path).structures
+        assert ["is not what" in str(warning.message) for warning in caught] == [True] * (blob_id[0] == "0")
 
 
 def test_a_package_that_is_missing_is_told_with_the_extra_that_brings_it(monkeypatch):

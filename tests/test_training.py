@@ -700,7 +700,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_run_does_not_overwrite_another_unless_told(tmp_path):
+def test_a_run_does_not_overwrite_another_unless_told(tmp_path, monkeypatch):
     job = tiny_job(tmp_path / "tiny.safetensors", n_updates=1)
     run(job)
     before = contents(tmp_path)
@@ -708,6 +708,13 @@ def test_a_run_does_not_overwrite_another_unless_told(tmp_path):
         run(job)
     assert contents(tmp_path) == before
     job.state.unlink()
+    with pytest.raises(ValueError, match=r"resume needs .*tiny\.state', which is missing; overwrite begins anew"):
+        run(replace(job, resume=True))
+    job.state.write_bytes(before[str(job.state)])
+    with monkeypatch.context() as patched:  # killed before the first save: the old state must not be gone on from
+        patched.setattr(training, "_save", lambda *_: sys.exit())
+        with pytest.raises(SystemExit):
+            run(replace(job, overwrite=True))
     with pytest.raises(ValueError, match=r"resume needs .*tiny\.state', which is missing; overwrite begins anew"):
         run(replace(job, resume=True))
     run(replace(job, overwrite=True, config=replace(job.config, seed=1)))
@@ -760,6 +767,7 @@ def test_a_damaged_state_is_refused(tmp_path, damage):
         (["--minutes", "inf"], "error: --minutes is inf, expected 0.001 …"),
         (["--n-updates", "0"], "n_updates is 0, expected"),
         (["--n-updates", "-5"], "n_updates is -5, expected"),
+        (["--contrast-weight", "2"], "--contrast-weight is for --negatives"),
         (["--n-steps", "10"], "--n-steps is for contrastive_divergence"),
         (["--n-steps", "0", "--objective", "contrastive_divergence"], "n_steps is 0, expected"),
         (["--n-structures", "0"], "n is 0, expected"),

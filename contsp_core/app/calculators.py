@@ -1,6 +1,6 @@
 """The learned energy as an ASE calculator, and candidates relaxed and ranked by any ASE calculator.
 
-Nothing but ASE is imported here: a potential is named by its user, such as ``chgnet.model.dynamics:CHGNetCalculator``.
+No potential is imported here: its user names it, such as ``chgnet.model.dynamics:CHGNetCalculator``.
 """
 
 from __future__ import annotations

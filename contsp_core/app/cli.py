@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--cifs", type=Path, help="score these: <material_id>/<number>.cif, made by any program")
     own.add_argument("--output", type=Path, help="default evaluations/<checkpoint or CIF folder>_<dataset>")
     own.add_argument("--n-structures", type=int, help="default: all")
-    own.add_argument("--n-samples", type=int, help="default 20")
+    own.add_argument("--n-samples", type=int, help="default 20; with --cifs, as many as there are")
     own.add_argument("--seed", type=int, default=0)
     own.add_argument("--n-jobs", type=int, default=-1, help="processes (default: all cores)")
     own = commands.add_parser("audit", help="is an energy invariant and continuous?", **_examples("audit"))
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 def predict(
     formulas: Sequence[str], checkpoint: str, output: Path, resume: bool, overwrite: bool, **options: Any
 ) -> None:
-    """``contsp predict``: all that can be wrong is found before the first chain."""
+    """``contsp predict``: what is wrong with the arguments is found before the first chain."""
     from contsp_core.data import find_checkpoint, retold
 
     given, _ = read_formulas(formulas), find_checkpoint(checkpoint)  # before what takes seconds to import
@@ -132,8 +132,7 @@ def predict(
             without = bool(calculator) and "calculator_energy" not in prediction.table
             origin = made.provenance(checkpoint, config, prediction)
             origin |= {"calculator": name, "calculator_failed": without, "xrd": pattern and str(pattern)}
-            again = overwrite or (resume and not made.is_finished(output / formula))
-            folder = made.write_prediction(prediction, output / formula, origin, again)
+            folder = made.write_prediction(prediction, output / formula, origin, overwrite or resume)
             for doubt in prediction.doubts[len(doubts) :]:
                 print(f"{formula}: warning: {doubt}", file=sys.stderr)
             for reason in dict.fromkeys(filter(None, prediction.table.get("calculator_error", []))):

@@ -38,7 +38,7 @@ from contsp_core.csp.figures import draw_crystals
 from contsp_core.csp.metrics import check_limits, run_with_time_limit
 from contsp_core.data import find_checkpoint, one_line, parse_formula, retold
 from contsp_core.energy import ContinuousCGCNN, portable
-from contsp_core.sampler import sample_structures
+from contsp_core.sampler import of_pattern, sample_structures, training_counts
 
 if TYPE_CHECKING:
     from ase.calculators.calculator import BaseCalculator
@@ -139,46 +139,43 @@ def plan(model: ContinuousCGCNN, formula: str, config: PredictConfig) -> tuple[l
 
 def describe_cells(model: ContinuousCGCNN, species: Sequence[Sequence[int]]) -> str:
     """Their sizes, and how many training crystals each can take its start from, of those of the same stoichiometry."""
-    counts, sizes = _training_counts(model), []
-    for own in (np.bincount(numbers, minlength=MAX_ATOMIC_NUMBER + 1) for numbers in species):
-        alike = (np.sort(counts, axis=1) == np.sort(own)).all(axis=1) & (counts != own).any(axis=1)
+    counts, sizes = training_counts(model), []
+    for own in (torch.bincount(torch.tensor(numbers), minlength=MAX_ATOMIC_NUMBER + 1) for numbers in species):
+        alike = of_pattern(counts, own) & (counts != own).any(dim=1)
         sizes.append(f"{own.sum()} ({alike.sum()})")
     return f"atoms in a cell (and training crystals of this stoichiometry and size): {', '.join(sizes)}"
 
 
 def choose_units(model: ContinuousCGCNN, unit: Sequence[int]) -> tuple[int, ...]:
-    """Formula units in the cell: the three commonest among training crystals of this stoichiometry, else 1, 2 and 4."""
-    sizes = _training_counts(model).sum(axis=1)
+    """Formula units in the cell: the three commonest among training crystals of this stoichiometry.
+
+    If there are none: 1, 2 and 4, but for cells larger than all training crystals.
+    """
+    sizes = training_counts(model).sum(dim=1)
     same = Counter((sizes[_same_stoichiometry(model, unit)] // len(unit)).tolist())
-    fitting = [n for n in (1, 2, 4) if not len(sizes) or n * len(unit) <= max(sizes.max(), len(unit))]
+    fitting = [n for n in (1, 2, 4) if not len(sizes) or n * len(unit) <= max(int(sizes.max()), len(unit))]
     return tuple(sorted(n for n, _ in same.most_common(N_SIZES)) or fitting)
 
 
 def doubts(model: ContinuousCGCNN, unit: Sequence[int], n_units: Sequence[int]) -> list[str]:
     """What the training crystals of a checkpoint do not cover, a sentence each."""
-    counts, found = _training_counts(model), []
+    counts, found = training_counts(model), []
     if not len(counts):
         return ["the checkpoint does not say which crystals it was trained on"]
     if unseen := [str(Element.from_Z(number)) for number in dict.fromkeys(unit) if not counts[:, number].any()]:
         found.append(f"no training crystal has {' or '.join(unseen)}: energies are guesses")
     if not _same_stoichiometry(model, unit).any():
         found.append("no training crystal has this stoichiometry: cells are those of others")
-    largest, n_atoms = int(counts.sum(axis=1).max()), len(unit) * max(n_units)
+    largest, n_atoms = int(counts.sum(dim=1).max()), len(unit) * max(n_units)
     if n_atoms > largest:
         found.append(f"cells of {n_atoms} atoms are larger than those of all training crystals (≤ {largest} atoms)")
     return found
 
 
-def _training_counts(model: ContinuousCGCNN) -> np.ndarray:
-    """(n, 101) atoms of each element in the training crystals; n is 0 for an energy without noise levels."""
-    counts = getattr(model, "start_counts", None)
-    return np.zeros((0, MAX_ATOMIC_NUMBER + 1), dtype=int) if counts is None else counts.cpu().numpy().astype(int)
-
-
-def _same_stoichiometry(model: ContinuousCGCNN, unit: Sequence[int]) -> np.ndarray:
+def _same_stoichiometry(model: ContinuousCGCNN, unit: Sequence[int]) -> torch.Tensor:
     """Which training crystals consist of so many elements in the same ratio, (n,) bool."""
-    counts = np.sort(reduce_counts(_training_counts(model)), axis=1)
-    return (counts == np.sort(np.bincount(unit, minlength=counts.shape[1]))).all(axis=1)
+    counts = torch.from_numpy(reduce_counts(training_counts(model).numpy()))
+    return of_pattern(counts, torch.bincount(torch.tensor(unit), minlength=counts.shape[1]))
 
 
 def predict(
@@ -213,7 +210,11 @@ def predict(
         for found in candidates.make_candidates("templates_relaxed", species, config.n_samples, config.seed, **options):
             made += _settle(model, [structure for structure in found if structure is not None], "templates")
     if config.source != "templates":
-        work, n_jobs = delayed(partial(_run, portable(model), species, config)), effective_n_jobs(config.n_jobs)
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        work, n_jobs = (
+            delayed(partial(_run, portable(model), species, config)),
+            effective_n_jobs(config.n_jobs if on_cpu else 1),
+        )
         round_ = config.n_samples if config.minutes is None and stop is None else ROUND
         for first in range(0, config.n_samples, round_):
             spent = (time.monotonic() - started) / 60  # another round may end too late
@@ -393,7 +394,7 @@ def write_prediction(prediction: Prediction, folder: Path, origin: dict[str, Any
 
 def is_finished(folder: Path) -> bool:
     """Whether a prediction lies there, and no calculator failed on all of its crystals."""
-    return (folder / MADE_BY).is_file() and not json.loads((folder / MADE_BY).read_text()).get("calculator_failed")
+    return (folder / MADE_BY).is_file() and '"calculator_failed": true' not in (folder / MADE_BY).read_text()
 
 
 def check_replaceable(folder: Path, overwrite: bool) -> None:

@@ -127,10 +127,13 @@ class TemplateLibrary:
 
     @classmethod
     def of_checkpoint(cls, checkpoint: str | Path) -> TemplateLibrary:
-        """The training crystals of a checkpoint; a ValueError if it does not say its data set."""
-        if not (dataset := read_settings(checkpoint).get("dataset")):
+        """The training crystals of its data set; a warning tells of others, and a ValueError of none."""
+        if not (dataset := (settings := read_settings(checkpoint)).get("dataset")):
             raise ValueError(f"checkpoint {str(checkpoint)!r} does not say its data set, expected source chains")
-        return cls(load_split(dataset, "train"))
+        split = load_split(dataset, "train")
+        if (settings.get("data") or {}).get("blob_id") != split.source.blob_id:
+            warnings.warn(f"{dataset}/train at hand is not what {checkpoint} was trained on", stacklevel=2)
+        return cls(split)
 
     def substitute(self, species: Sequence[int], n: int, seed: int = 0) -> list[Structure]:
         """The training crystals of nearest composition with their elements exchanged.
@@ -255,9 +258,9 @@ def _descend(energy: Callable[..., Tensor], crystals: Crystals, n_steps: int, *l
 def rank_distinct(structures: Sequence[Structure], time_limit_s: float = 10.0) -> list[list[Structure]]:
     """Groups of structures that are the same crystal, each sorted by energy, and so are the groups by their best.
 
-    Structures in which atoms overlap (closer than 0.5 Å) are dropped. Two are the same if ``StructureMatcher`` says so
-    at its default tolerances (0.2, 0.3, 5°), whatever their volume and cell; each joins the group with the lowest
-    energy whose best one it matches. A comparison that exceeds the time limit (s) counts as different. It is a
+    Structures without volume, or with atoms closer than 0.5 Å, are dropped. Two are the same if ``StructureMatcher``
+    says so at its default tolerances (0.2, 0.3, 5°), whatever their volume and cell; each joins the group with the
+    lowest energy whose best one it matches. A comparison that exceeds the time limit (s) counts as different. It is a
     ValueError if nothing was given or a structure has no ``properties["energy"]``.
     """
     if not structures or any("energy" not in structure.properties for structure in structures):

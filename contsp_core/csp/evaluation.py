@@ -31,7 +31,7 @@ from contsp_core.csp.metrics import LISTS, check_limits, evaluate_csp, run_with_
 from contsp_core.data import choose, find_checkpoint, load_split, parse_cifs, retold, write_whole
 from contsp_core.diffusion import DiffusionConfig
 from contsp_core.energy import ContinuousCGCNN, portable
-from contsp_core.sampler import sampling_config
+from contsp_core.sampler import sampling_config, training_counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -201,9 +201,9 @@ def _score(
 
 def n_seen(model: Any, chosen: Split) -> int | None:
     """How many of these crystals have the reduced formula of a training crystal; None if the model does not say."""
-    if (counts := getattr(model, "start_counts", None)) is None:
+    if not len(counts := training_counts(model)):
         return None
-    known = {row.tobytes() for row in reduce_counts(counts.cpu().numpy().astype(int))}
+    known = {row.tobytes() for row in reduce_counts(counts.numpy())}
     return sum(row.tobytes() in known for row in reduce_counts(chosen.crystals.element_counts.numpy()))
 
 

@@ -1,4 +1,4 @@
-"""What do the results look like? Every function takes tables or structures and returns a figure; none shows it.
+"""What do the results look like? The style of all figures, how they are saved, and crystals drawn; nothing is shown.
 
 Lengths are in Å; the learned energy is dimensionless.
 """

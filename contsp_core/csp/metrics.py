@@ -23,7 +23,7 @@ import pandas as pd
 from joblib import Parallel, delayed, effective_n_jobs
 from joblib.parallel import get_active_backend
 from pymatgen.core import Composition, Structure
-from pymatgen.core.structure_matcher import StructureMatcher
+from pymatgen.core.structure_matcher import ElementComparator, StructureMatcher
 from tqdm import tqdm
 
 from contsp_core.crystals import pack
@@ -35,7 +35,9 @@ MIN_DISTANCE = 0.5  # Å, CDVAE
 MIN_VOLUME = 0.1  # Å³, CDVAE
 LOOSE: dict[str, Any] = {"ltol": 0.3, "stol": 0.5, "angle_tol": 10.0}  # tolerances of the field: relative, and degrees
 STRICT: dict[str, Any] = {"ltol": 0.2, "stol": 0.3, "angle_tol": 5.0}  # pymatgen's defaults
+LOOSE["comparator"] = STRICT["comparator"] = ElementComparator()  # whether or not sites carry oxidation states
 GOOD = 0.1  # a loose match of smaller rms displacement is called good
+MAX_POOL = 50  # references of one composition for which METRe is computed: the comparisons grow with its square
 SCORES = {"match_rate": "match rate, loose", "match_rate_strict": "match rate, strict"}  # names and labels
 SCORES |= {"match_rate_good": "match rate, good", "match_rate_random": "loose, in random order"}
 SCORES |= {"match_rate_valid": "loose, valid samples only", "rmse": "RMSE", "rmse_valid": "RMSE, valid samples only"}
@@ -236,7 +238,7 @@ def evaluate_csp(
         n_jobs: worker processes (-1: all cores); the scores do not depend on it.
         material_ids: label of each row of the table, all different; by default 0, 1, ….
         time_limit_s: limit of one comparison, s; beyond it there is no match, and the sample counts as invalid.
-        metre: compare each reference with the predictions for all others of its composition too.
+        metre: compare each reference with the predictions for all others of its composition too, up to ``MAX_POOL``.
         progress: show a progress bar where standard error is a terminal.
 
     Returns:
@@ -252,6 +254,7 @@ def evaluate_csp(
     groups = defaultdict(list)
     for row, reference in enumerate(references):
         groups[reference.composition.reduced_formula].append(row)
+    metre = metre and max(map(len, groups.values())) <= MAX_POOL
     pairs = []  # (reference, whose prediction, its number), own predictions first
     for row, reference in enumerate(references):
         others = [other for other in groups[reference.composition.reduced_formula] if metre and other != row]

@@ -134,8 +134,5 @@ class CrystalView:
 
 
 def view_crystal(structure: Structure, size: str = "420px") -> CrystalView:
-    """A crystal to turn by hand in a live notebook, and a still picture of it everywhere else; both with polyhedra.
-
-    ``size`` is width and height of the view, in CSS.
-    """
+    """A crystal to turn by hand in a live notebook, elsewhere a still picture; ``size`` is that of a side, in CSS."""
     return CrystalView(structure, size)
