@@ -91,5 +91,6 @@ $(DATASETS:%=evaluate-%): evaluate-%: $(INSTALLED)
 	    -p dataset $* -p checkpoint $* -p seed $(SEED) -p output_dir $(CURDIR)/runs/$* \
 	    -p n_structures $(N_STRUCTURES) -p n_samples $(N_SAMPLES) -p n_baselines $(N_BASELINES)
 
+# but for runs/, where trainings of hours may lie
 clean:
-	rm -rf demo runs build .browser .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf demo build .browser .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
-from dataclasses import FrozenInstanceError
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pymatgen.core import Composition, Lattice, Structure
+from pymatgen.core import Composition, Element, Lattice, Structure
 from scipy import stats
 from strategies import crystals
 
@@ -100,11 +100,6 @@ def test_bad_structures_are_refused_with_their_index():
     heavy = Structure(Lattice.cubic(4), ["Md"], [[0, 0, 0]])  # Z = 101
     with pytest.raises(ValueError, match="atomic_numbers holds 101"):
         Crystals.from_structures([heavy])
-
-
-def test_a_batch_is_frozen():
-    with pytest.raises(FrozenInstanceError):
-        Crystals(**fields()).cell = torch.zeros(2, 3, 3)
 
 
 def test_derived_quantities_are_those_of_pymatgen():
@@ -207,21 +202,12 @@ def test_reduce_ignores_order_and_multiples(species, multiple, random):
     composition = reduce_species(repeated)
     assert composition == reduce_species(species)
     assert list(composition) == sorted(composition)
-    counts = Counter(species)
-    divisor = math.gcd(*counts.values())
-    assert composition == {number: count // divisor for number, count in counts.items()}
-
-
-@pytest.mark.parametrize("formula", ["Ba2Ti2O6", "Mg4O4", "Fe2O3", "C8", "Al12Ca8Si3O1"])
-def test_reduce_is_the_reduced_composition_of_pymatgen(formula):
-    composition = Composition(formula)
-    species = [element.Z for element, count in composition.items() for _ in range(int(count))]
-    reduced = composition.get_reduced_composition_and_factor()[0]
-    divisor = math.gcd(*(int(count) for count in composition.values()))
-    if divisor == composition.get_reduced_composition_and_factor()[1]:  # pymatgen writes O2, not O
-        assert reduce_species(species) == {
-            element.Z: int(count) for element, count in sorted(reduced.items(), key=lambda p: p[0].Z)
-        }
+    with warnings.catch_warnings(action="ignore"):  # of elements without electronegativity
+        known = Composition(Counter(map(Element.from_Z, repeated))).get_reduced_composition_and_factor()[0]
+    if len(composition) > 1:  # pymatgen writes O2, not O
+        assert composition == {element.Z: count for element, count in known.items()}
+    else:
+        assert list(composition.values()) == [1]
 
 
 def test_reduce_needs_an_atom():

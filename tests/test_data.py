@@ -121,11 +121,6 @@ def test_crystals_are_those_made_from_the_structures() -> None:
     assert shift.abs().max() < 1.5
 
 
-def test_split_cannot_be_changed() -> None:
-    with pytest.raises(AttributeError):
-        load_split("prototypes", "val").name = "other"  # type: ignore[misc]
-
-
 @given(st.lists(st.integers(0, 46), min_size=1, max_size=6))
 def test_select_and_slice_agree_with_list_indexing(indices: list[int]) -> None:
     split = load_split("prototypes", "val")

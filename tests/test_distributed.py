@@ -112,7 +112,7 @@ def test_one_process_starts_no_workers_and_two_do(checkpoint, tmp_path, monkeypa
     assert made_here == [1, 1]
     assert torch.get_num_threads() == 2
     torch.set_num_threads(n_threads)
-    assert psutil.Process().children() == before
+    assert set(psutil.Process().children()) <= set(before)
     result = evaluate(checkpoint, tmp_path / "2", 2, n_structures=2, n_steps=1)
     assert len(made_here) == 2
     assert len(workers_of_this_process()) >= 2
@@ -214,6 +214,7 @@ def test_no_child_outlives_the_process_that_started_it_by_more_than_its_limit(se
     command = [sys.executable, "-c", NAP_IN_CHILDREN, str(seconds)]
     parent, children = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}), []
     while len(children) < 2:
+        assert parent.poll() is None
         children = psutil.Process(parent.pid).children()
         time.sleep(0.1)
     parent.kill()

@@ -19,7 +19,6 @@ from contsp_core import Crystals
 from contsp_core.energy import PRESETS, ContinuousCGCNN, EnergyConfig, energy_and_gradient
 from contsp_core.graph import build_graph, cutoff_radius
 from contsp_core.invariance import audit
-from contsp_core.lattice import niggli
 
 SMALL = EnergyConfig(width=8, n_conv=2, n_fc=3, n_basis=8)
 NOISY = replace(SMALL, spectral_norm=False, noise_min=0.02, noise_max=2.0)
@@ -228,8 +227,10 @@ def test_a_cell_skewed_beyond_measure_has_the_energy_of_its_lattice(path, dtype,
     crystals.positions[2:4] = crystals.positions[:2]
     model = small_model(dtype=dtype)
     model.use_kernels = PATHS[path]
-    value, _, grad_positions = energy_and_gradient(model, crystals)
+    value, strain, grad_positions = energy_and_gradient(model, crystals)
     torch.testing.assert_close(value[1], value[0], rtol=tolerance, atol=tolerance)
+    if dtype == torch.float64:
+        torch.testing.assert_close(strain[1], strain[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(grad_positions[2:4], grad_positions[:2], rtol=10 * tolerance, atol=10 * tolerance)
 
 
@@ -325,19 +326,6 @@ def test_other_forms_pass_the_audit(config):
     table = audit(small_model(config), random_batch()[[1, 2, 4]], progress=False)
     assert set(table["verdict"]) <= {"invariant", "continuous", "below rounding", "impossible"}
     assert (table.loc[table["kind"] != "continuity", "max_change"] < 1e-9).all()
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_a_skewed_cell_costs_no_more_than_its_reduced_one(path):
-    """Its own basis would have more images to search than any memory holds; the gradient belongs to the cell given."""
-    model = small_model()
-    model.use_kernels = PATHS[path]
-    cell = np.array([[4.0, 0, 0], [4000.0, 4, 0], [1e6, 5e5, 4]])
-    crystals = Crystals.from_arrays(cell[None], np.array([[0.3, 0.2, 0.1], [2, 2, 2]]), [[11, 17]], torch.float64)
-    value, strain, _ = energy_and_gradient(model, crystals)
-    expected, expected_strain, _ = energy_and_gradient(model, niggli(crystals))
-    torch.testing.assert_close(value, expected, rtol=1e-7, atol=1e-7)
-    torch.testing.assert_close(strain, expected_strain, rtol=1e-4, atol=1e-4)
 
 
 def test_the_filter_table_does_not_grow_with_an_empty_box():

@@ -254,8 +254,12 @@ def test_a_checkpoint_is_scored_once_and_again_from_its_files(checkpoint, tmp_pa
 
 def test_samples_are_made_with_the_seed_of_the_settings(checkpoint, tmp_path, monkeypatch):
     seeds = []
-    none = lambda species, **options: seeds.append(options["seed"]) or [[None] * 2 for _ in species]  # noqa: E731
-    monkeypatch.setattr(evaluation, "make_candidates", none)
+
+    def make_none(species, seed, **_):
+        seeds.append(seed)
+        return [[None] * 2 for _ in species]
+
+    monkeypatch.setattr(evaluation, "make_candidates", make_none)
     evaluate_checkpoint(checkpoint, "prototypes", tmp_path, replace(QUICK, seed=5))
     assert set(seeds) == {5}
 

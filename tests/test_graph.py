@@ -143,14 +143,6 @@ def test_two_atoms_at_one_point_are_neighbours(build):
     assert edge_set(build(crystal, torch.tensor([1.0], dtype=torch.float64))) == {(0, 1, 0, 0, 0): 1}
 
 
-@given(crystal=crystals())
-def test_edge_vectors_are_no_longer_than_the_cutoff(crystal):
-    cutoff = cutoff_radius(crystal)
-    edges = build_edges(crystal, cutoff)
-    lengths = edge_vectors(crystal, edges.graph).norm(dim=1)
-    assert (lengths <= cutoff * (1 + 1e-12)).all()
-
-
 @given(crystal=crystals(), n_cells=st.integers(1, 3))
 def test_the_cutoff_is_intensive(crystal, n_cells):
     """R = m (V / N)^{1/3} is the same for a supercell."""

@@ -18,7 +18,6 @@ from pymatgen.core import Lattice, Structure
 from strategies import crystals, generators
 
 from contsp_core import Crystals
-from contsp_core.data import load_split
 from contsp_core.energy import ContinuousCGCNN, EnergyConfig
 from contsp_core.graph import build_graph, cutoff_radius, edge_vectors, nearest_neighbors
 from contsp_core.invariance import (
@@ -34,10 +33,7 @@ from contsp_core.invariance import (
     swap_neighbors,
     thin_cell,
 )
-from contsp_core.lattice import niggli
-from contsp_core.mala import AnnealConfig
-from contsp_core.training import TrainConfig, contrastive_divergence_step, initial_model
-from contsp_core.transformations import TRANSFORMATIONS, change_basis, random_redescription, supercell
+from contsp_core.transformations import TRANSFORMATIONS, supercell
 
 INVARIANCES = sorted(TRANSFORMATIONS)
 
@@ -127,21 +123,6 @@ def test_p4_energy_is_continuous(unit: Crystals) -> None:
     table = table[table["verdict"] != "impossible"]  # neighbours cannot always be swapped
     assert len(table) >= len(PROBES) - 1 and table["verdict"].isin(["continuous", "below rounding"]).all()
     assert (table["exponent"].dropna() > 0.9).all(), table.to_string()
-
-
-@settings(max_examples=40)
-@given(unit=crystals(), source=generators())
-def test_p8_niggli_form_is_canonical_and_keeps_the_energy(unit: Crystals, source: torch.Generator) -> None:
-    energy = MODELS[torch.float64]
-    reduced = niggli(unit)
-    from_other_basis = niggli(change_basis(unit, source))
-    again = niggli(reduced)
-    assert torch.equal(again.cell, reduced.cell)
-    metrics = [batch.cell[0] @ batch.cell[0].T for batch in (from_other_basis, reduced)]
-    torch.testing.assert_close(*metrics, rtol=1e-9, atol=1e-9 * float(metrics[1].abs().max()))
-    assert torch.det(unit.cell[0]) * torch.det(reduced.cell[0]) > 0
-    with torch.no_grad():
-        torch.testing.assert_close(energy(reduced), energy(unit), rtol=1e-9, atol=1e-9)
 
 
 def test_compiled_energy_passes_the_audit(structures: list[Structure]) -> None:
@@ -477,29 +458,6 @@ def test_profile_goes_through_the_event(structures: list[Structure]) -> None:
 
 
 # The training map
-
-
-@pytest.mark.parametrize("dataset", ["prototypes", "perov5"])
-def test_p7_training_does_not_see_the_description(dataset: str, request: pytest.FixtureRequest) -> None:
-    if dataset != "prototypes":
-        request.getfixturevalue("data_dir")
-    split = load_split(dataset, "train")
-    crystals = split[:64].crystals
-    source = torch.Generator().manual_seed(1)
-    units = [random_redescription(crystals[index], source) for index in range(len(crystals))]
-    assert len({len(unit.positions) / n_atoms for unit, n_atoms in zip(units, crystals.n_atoms.tolist())}) > 1
-    config, weights = TrainConfig(chain=AnnealConfig(n_steps=2), max_atoms=20), []
-    for batch in (crystals, Crystals.cat(units)):
-        model = initial_model(crystals, EnergyConfig(width=8, n_conv=2, n_basis=8), seed=0).double()
-        before = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-        optimizer, rng = torch.optim.Adam(model.parameters(), lr=1e-3), torch.Generator().manual_seed(0)
-        for _ in range(3):
-            optimizer.zero_grad()
-            contrastive_divergence_step(model, batch, config, rng)
-            optimizer.step()
-        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
-    assert (weights[0] - before).abs().max() > 1e-3
-    torch.testing.assert_close(*weights, rtol=0, atol=1e-8)
 
 
 # One atom moved

@@ -67,13 +67,6 @@ def evaluate(*args, n_jobs=1, **kwargs):
     return evaluate_csp(*args, n_jobs, progress=False, **kwargs)
 
 
-def test_identical_structures_match_with_no_displacement():
-    for structure in (rock_salt(), perovskite(), silicon()):
-        rms, strict, valid = score_pair(structure, structure)
-        assert rms == pytest.approx(0, abs=1e-7)
-        assert (strict, valid) == (True, True)
-
-
 def test_descriptions_of_one_solid_match():
     rng = np.random.default_rng(0)
     reference = perovskite()

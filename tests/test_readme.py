@@ -26,13 +26,6 @@ def markdown_tables(text: str) -> list[list[list[str]]]:
     return [[row for row in table if not re.fullmatch("[-: ]+", "".join(row))] for table in rows]
 
 
-def test_links_and_pictures_exist():
-    targets = re.findall(r"\]\(<?([^)#>\s]+)", re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL))
-    targets = [target for target in targets if not re.match(r"[a-z]+:", target)]
-    assert len(targets) > 20
-    assert [target for target in targets if not (ROOT / target).exists()] == []
-
-
 @pytest.mark.parametrize("figure", FIGURES)
 def test_each_figure_comes_from_a_notebook_that_is_named(figure):
     (notebook,) = ROOT.glob(f"notebooks/{figure[:2]}_*.ipynb")
@@ -83,12 +76,3 @@ def test_the_audit_is_that_of_the_file_it_cites():
             number, word = cell.split(maxsplit=1)
             assert word == verdict, check
             assert float(number) == pytest.approx(change, rel=0.051, abs=0), check
-
-
-def test_make_targets_exist():
-    targets = re.findall(r"make ([a-z][\w-]*)", " ".join(re.findall(r"```sh.*?```|`[^`]+`", TEXT, re.DOTALL)))
-    known = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    known += [f"{job}-{name}" for job in ("train", "evaluate") for name in ("perov5", "mp20", "mpts52")]
-    known += ["train-mp"]
-    assert targets
-    assert set(targets) <= set(known)

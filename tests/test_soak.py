@@ -207,7 +207,7 @@ def test_the_watch_refuses_broken_crystals_other_atoms_slow_steps_and_leaks(monk
         (crystals.replace(cell=crystals.cell * torch.nan), []),
         (crystals.replace(cell=crystals.cell * 0), []),
         (crystals.replace(positions=crystals.positions / 0), []),
-        (crystals.replace(atomic_numbers=crystals.atomic_numbers.flip(0)), []),
+        (replace(crystals, atomic_numbers=crystals.atomic_numbers.flip(0)), []),
         (crystals, [torch.tensor(torch.inf)]),
     ):
         with pytest.raises(AssertionError, match="step"):
