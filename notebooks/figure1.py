@@ -43,7 +43,7 @@ def trace_update(model: torch.nn.Module, crystal: Crystals, config: TrainConfig,
     composition = reduce_species(crystal.species[0])
     species = expand_composition(composition, rng, config.expand_p, config.max_atoms)
     energy, cooling, last = copy.deepcopy(model).eval(), config.chain, config.chain.n_steps - 1
-    start = random_crystals([species], rng).to(crystal.cell.dtype)
+    start = random_crystals([species], rng, model.config.reference_density).to(crystal.cell.dtype)
     chain = {"random start": mala_init(energy, start).crystals}
 
     def record(index: int, state) -> None:

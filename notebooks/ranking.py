@@ -153,7 +153,7 @@ def main() -> None:
     settings = {"n_structures": options.n_structures, "n_samples": options.n_samples}
     settings = EvaluationConfig(options.source, "val", **settings)
     checkpoint = options.checkpoint or options.dataset
-    folder = options.samples or Path("runs") / f"ranking_{name}"
+    folder = options.samples or Path(__file__).parent.parent / "runs" / f"ranking_{name}"
     found = evaluate_checkpoint(checkpoint, options.dataset, folder, settings)
     table = rank_all(load_model(checkpoint), found.references.structures, found.predictions)
     table.to_csv(output, index=False, float_format="%.5g")

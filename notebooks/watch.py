@@ -16,7 +16,7 @@ if __name__ == "__main__":
     parser.add_argument("--formula", default="Ti2O4", help="content of the cell")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--number", type=int, default=2, help="which sample, from 0")
-    parser.add_argument("--output", type=Path, default=Path("figures/06_watch_TiO2.gif"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "figures" / "06_watch_TiO2.gif")
     given = parser.parse_args()
     frames = record_chain(load_model(given.checkpoint), given.formula, given.number, given.seed)
     print(f"{given.formula}, seed {given.seed}, sample {given.number}: {space_group(frames[-1].structure)}")
