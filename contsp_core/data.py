@@ -86,10 +86,11 @@ def _find_file(name: str, split: str) -> Path | None:
     if root and not Path(root).is_dir():
         raise ValueError(f"CONTSP_DATA_DIR={root!r} is not a folder, expected one with <name>/<split>.csv[.gz] in it")
     folders = [Path(root, name), DATA_DIR / name] if root else [DATA_DIR / name]
-    published = _cache_dir() / name / f"{split}-{official}.csv"
     paths = [folder / f"{split}{ending}" for folder in folders for ending in (".csv", ".csv.gz", ".npz")]
-    if found := next(filter(Path.is_file, [*paths, published]), None):
+    if found := next(filter(Path.is_file, paths), None):
         return found
+    if (published := _cache_dir() / name / f"{split}-{official}.csv").is_file():
+        return published
     if name == "mp":
         return None
     url = MANIFEST["base_url"] + MANIFEST["datasets"][name]["splits"][split]["path"]
@@ -103,8 +104,9 @@ def _find_file(name: str, split: str) -> Path | None:
 
 
 def _cache_dir() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("CONTSP_CACHE_DIR") or Path(base) / "contsp")
+    with retold("there is no home for a cache, expected a folder in CONTSP_CACHE_DIR", RuntimeError):
+        base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+        return Path(os.environ.get("CONTSP_CACHE_DIR") or Path(base) / "contsp")
 
 
 def _official_blob(name: str, split: str) -> str:
@@ -318,7 +320,7 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
 def parse_formula(text: str) -> list[int]:
     """Atomic numbers of a formula, in the order written: "BaTiO3" gives [56, 22, 8, 8, 8].
 
-    A ValueError tells of text that is no formula, fractional counts, an unknown element, or too many atoms.
+    A ValueError tells of text that is no formula or several, fractional counts, an unknown element, or too many atoms.
     """
     from pymatgen.core import Composition, Element
 
@@ -326,11 +328,14 @@ def parse_formula(text: str) -> list[int]:
     text = unicodedata.normalize("NFKC", text) if isinstance(text, str) else text  # SrTiO₃
     symbols = re.findall("[A-Z][a-z]*", str(text).replace("@", ""))
     unknown = [symbol for symbol in symbols if symbol not in known]
+    parts = [set(re.findall("[A-Z][a-z]*", part)) for part in str(text).split()]
+    several = re.search(r"-|\s\d", str(text)) or sum(map(len, parts)) > len(set[str]().union(*parts))  # CaO 2TiO2
     counts: Mapping[Any, float] = {}
     with suppress(Exception):  # pymatgen raises several kinds
         counts = Composition(text, strict=True).element_composition
     none = {Element[symbol].Z for symbol in symbols if symbol in known} - {element.Z for element in counts}  # as in N0
-    if unknown or none or not 0 < sum(counts.values()) <= MAX_FORMULA_ATOMS or any(n % 1 for n in counts.values()):
+    sound = 0 < sum(counts.values()) <= MAX_FORMULA_ATOMS and not any(n % 1 for n in counts.values())
+    if unknown or none or several or not sound:
         problem = f": element {unknown[0]!r} is unknown" if unknown else " cannot be read"
         expected = f'expected something like "BaTiO3", Z ≤ {MAX_ATOMIC_NUMBER}, ≤ {MAX_FORMULA_ATOMS} atoms'
         raise ValueError(f"formula {text!r}{problem}, {expected}")
@@ -355,7 +360,7 @@ def resolve_species(entries: Sequence[str | Sequence[int]]) -> list[list[int]]:
 def choose(items: Sequence[Any], n: int | None, seed: int = 0) -> list[Any]:
     """A random choice of at most ``n`` ≥ 1 entries, without repeats, in their original order; all of them for None."""
     if n is not None and n < 1:
-        raise ValueError(f"n is {n}, expected ≥ 1, or None for all")
+        raise ValueError(f"n_structures is {n}, expected ≥ 1, or None for all")
     order = np.random.default_rng(seed).permutation(len(items))[:n]
     return [items[index] for index in sorted(order.tolist())]
 
@@ -380,7 +385,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 @contextmanager
-def retold(problem: str, *kinds: type[Exception], kind: type[Exception] = ValueError) -> Iterator[None]:
+def retold(problem: str, *kinds: type[BaseException], kind: type[Exception] = ValueError) -> Iterator[None]:
     """Errors of these kinds become one of ``kind`` that tells the problem and the reason, on one line."""
     try:
         yield

@@ -23,6 +23,7 @@ from torch.nn.functional import normalize, one_hot
 from tqdm import tqdm
 
 from contsp_core.crystals import Crystals, pack
+from contsp_core.data import retold
 from contsp_core.graph import cutoff_radius, edge_vectors, nearest_neighbors
 from contsp_core.lattice import deform
 from contsp_core.transformations import TRANSFORMATIONS, supercell
@@ -357,6 +358,6 @@ def _calculator_energy(calculator: Any, crystals: Crystals) -> Tensor:
     """(n_systems,) energies per atom, one crystal after the other."""
     units = zip(crystals.species, crystals.positions.split(crystals.n_atoms.tolist()), crystals.cell)
     atoms = [Atoms(numbers, xyz.numpy(), cell=cell.numpy(), pbc=True) for numbers, xyz, cell in units]
-    with np.errstate(all="ignore"):  # overlapping atoms: the infinity is reported
-        energies = [float(calculator.get_potential_energy(unit)) / len(unit) for unit in atoms]
+    with np.errstate(all="ignore"), retold("the calculator fails", Exception, SystemExit):
+        energies = [float(calculator.get_potential_energy(unit)) / len(unit) for unit in atoms]  # or infinite
     return torch.tensor(energies, dtype=torch.float64)

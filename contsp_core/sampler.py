@@ -177,9 +177,9 @@ def sample_structures(
         progress: show a progress bar of chain steps.
 
     Returns:
-        One list of structures per entry, each with the energy of the model's judge (dimensionless), which ranks them,
-        in ``properties["energy"]``. A ValueError tells of an entry that is no formula and no list of atomic numbers, or
-        a number that is no count.
+        One list of structures per entry, each with the model's own energy (dimensionless; a judge may rank better) in
+        ``properties["energy"]``. A ValueError tells of an entry that is no formula and no list of atomic numbers, or a
+        number that is no count.
     """
     from tqdm.auto import tqdm
 
@@ -205,7 +205,7 @@ def sample_structures(
             start = start_crystals(model, numbers, rng, places)
             crystals = run_chains(model, start, config, rng, lambda *_: bar.update())
             with torch.no_grad():
-                energies = model.judge(crystals).tolist()
+                energies = model(crystals).tolist()
             for (numbers, _), structure, energy in zip(chains[batch], crystals.to_structures(), energies, strict=True):
                 structure.properties["energy"] = energy
                 found[numbers].append(structure)

@@ -441,6 +441,8 @@ def _save(job: Job, state: TrainState, log: IO[bytes] | None) -> None:
         log.flush()
         os.fsync(log.fileno())
         state.rows = []
+        if not all(weights.isfinite().all() for weights in state.averaged.parameters()):
+            raise FloatingPointError(f"update {state.update}: weights are not finite; a smaller learning_rate may help")
         state.save(job.state)
         save_checkpoint(job.output, state.averaged, state.origin | made)
     except OSError as error:

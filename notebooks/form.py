@@ -22,6 +22,7 @@ from contsp_core.app.prediction import (
     PredictConfig,
     Prediction,
     describe_cells,
+    identify,
     plan,
     predict,
     provenance,
@@ -59,7 +60,7 @@ def show_form(formula: str = "SrTiO3", checkpoint: str = "mp20") -> None:
         await asyncio.sleep(HELD_BACK_S)
         try:
             config = PredictConfig(source.value, n_samples.value, confidence=CALIBRATED.get(model.value))
-            energy = load_model(model.value)
+            energy, identity = load_model(model.value), identify(model.value)
             sizes, doubts = plan(energy, text.value, config)
             doubted = "".join(f"<br><b>{doubt}</b>" for doubt in doubts)
             message.value = f"searching {html.escape(text.value)}: {describe_cells(energy, sizes)} …{doubted}"
@@ -71,7 +72,7 @@ def show_form(formula: str = "SrTiO3", checkpoint: str = "mp20") -> None:
             prediction = await asyncio.to_thread(predict, energy, text.value, config, library, stop=stopped.is_set)
             said = [f"<b>{doubt}</b>" for doubt in prediction.doubts]
             said += [TOO_CLOSE] if "too close" in prediction.table else []
-            origin = provenance(model.value, config, prediction)
+            origin = provenance(identity, config, prediction)
             end = " until it was stopped" if stopped.is_set() else ""
             message.value = "<br>".join([f"{prediction.formula}: {prediction.n_made} candidates{end}", *said])
             result.children = (_table(prediction), _viewer(prediction), _download(prediction, origin))

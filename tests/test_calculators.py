@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 from copy import deepcopy
@@ -209,7 +210,41 @@ class WithoutNumber(EMT):
 
 def test_energy_that_is_no_number_is_a_failure():
     (structure,) = relax_and_rank(candidates()[:1], WithoutNumber(), max_steps=0)
-    assert structure.properties["calculator_error"] == "ValueError: energy is nan"
+    assert structure.properties["calculator_error"].startswith("ValueError: energy is nan")
+
+
+class Broken(Calculator):
+    """No forces, but for what is done to the answer."""
+
+    def __init__(self, answer) -> None:
+        super().__init__()
+        self.implemented_properties, self.answer = ["energy", "forces", "stress"], answer
+
+    def calculate(self, *args, **kwargs) -> None:
+        super().calculate(*args, **kwargs)
+        self.results = {"energy": 1.0, "forces": np.zeros((len(self.atoms), 3)), "stress": np.zeros(6)}
+        self.answer(self.results)
+
+
+def no_forces(results):
+    results["forces"][:] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (no_forces, "an atom is nowhere"),
+        (lambda results: results.update(stress=np.array([5.0, 5, 5, 0, 0, 0])), "the volume is .* times what it was"),
+        (lambda results: results.update(stress=np.array([-5.0] * 3 + [0] * 3)), "the volume is .* times what it was"),
+        (lambda _: sys.exit(0), "SystemExit"),
+        ({}.__getitem__, "TypeError"),
+    ],
+)
+def test_a_calculator_fails_in_many_ways_and_the_crystal_stays(answer, error):
+    (given,) = candidates()[:1]
+    (found,) = relax_and_rank([given], Broken(answer), max_steps=30)
+    assert re.search(error, found.properties.pop("calculator_error"))
+    assert found == given
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from contsp_core.checkpoints import (
     save_checkpoint,
     write_tensors,
 )
-from contsp_core.data import choose, find_checkpoint, load_split
+from contsp_core.data import CHECKPOINTS, choose, find_checkpoint, load_split
 from contsp_core.diffusion import DiffusionConfig, denoising_residual
 from contsp_core.energy import ContinuousCGCNN, portable
 from contsp_core.mala import AnnealConfig
@@ -298,7 +298,7 @@ def test_settings_that_make_no_sense_are_refused(saved, metadata):
     refused(rewritten(saved, {}, metadata), "unreadable settings|does not fit its own configuration")
 
 
-@pytest.mark.parametrize("name", ["perov5", "mp20", "mp20_judge", "mpts52", "prototypes"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in CHECKPOINTS.glob("*.safetensors")))
 def test_the_card_of_a_bundled_checkpoint_is_its_header_printed(name):
     card = model_card(name)
     assert card + "\n" == find_checkpoint(name).with_suffix(".md").read_text(encoding="utf-8")

@@ -140,7 +140,7 @@ def test_choice_is_seeded_ordered_and_without_repeats() -> None:
     assert len(chosen) == 10
     assert chosen == choose(range(100), 10, seed=1) != choose(range(100), 10, seed=2)
     assert choose(range(5), None) == choose(range(5), 9) == [0, 1, 2, 3, 4]
-    with pytest.raises(ValueError, match="n is 0, expected ≥ 1"):
+    with pytest.raises(ValueError, match="n_structures is 0, expected ≥ 1"):
         choose(range(5), 0)
 
 
@@ -579,8 +579,11 @@ def test_subscripts_are_digits():
     assert parse_formula("SrTiO₃") == parse_formula("SrTiO3")
 
 
+SEVERAL = ["CaO 2TiO2", "MgO 2SiO2", "CuSO4 5H2O", "CaTiO3 BaO", "Na2Cl-1Cl2"]  # pymatgen reads one formula
+
+
 @pytest.mark.parametrize(
-    "text", ["", " ", "Ba0.5TiO3", "Hello", "MdO", "X2", "NaCl0", "Ba(TiO3", "H1000001", "Na-1", None, 3]
+    "text", ["", " ", "Ba0.5TiO3", "Hello", "MdO", "X2", "NaCl0", "Ba(TiO3", "H1000001", "Na-1", None, 3, *SEVERAL]
 )
 def test_a_bad_formula_is_quoted(text: object) -> None:
     with pytest.raises(ValueError, match=r"^formula") as caught:

@@ -230,9 +230,10 @@ def test_without_any_template_nothing_is_matched(tmp_path, monkeypatch):
 
 def test_a_damaged_file_of_energies_is_named(tmp_path):
     write_samples(tmp_path, "x", [cesium_chloride()])
-    (tmp_path / "x" / "energies.json").write_text("{")
-    with pytest.raises(ValueError, match=r"x/energies\.json is damaged"):
-        read_samples(tmp_path, ["x"], n_jobs=1, progress=False)
+    for content in ("{", "[1, 2]", "null", '{"00.cif": [1]}', '{"00.cif": "low"}'):
+        (tmp_path / "x" / "energies.json").write_text(content)
+        with pytest.raises(ValueError, match=r"x/energies\.json is damaged"):
+            read_samples(tmp_path, ["x"], n_jobs=1, progress=False)
 
 
 def test_a_checkpoint_is_scored_once_and_again_from_its_files(checkpoint, tmp_path, monkeypatch):
@@ -325,6 +326,12 @@ def test_a_folder_of_perfect_cifs_scores_perfectly_and_missing_files_count(check
     assert scores["rmse"] == pytest.approx(0, abs=1e-5)
     assert result.table["energy"].iloc[0][0] == pytest.approx(result.table["reference_energy"].iloc[0], abs=1e-3)
     assert results_table([result.summary], published=False)["method"].unique() == ["CIF files"]
+    with pytest.raises(ValueError, match=r"samples made with cif_dir='.*peer', expected '.*other'"):
+        evaluate_cifs(tmp_path / "other", "prototypes", tmp_path / "scores", settings, checkpoint)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"mine' has summary\.json or per_crystal\.csv, but no settings\.json"):
+        evaluate_cifs(tmp_path / "peer", "prototypes", tmp_path / "mine", settings, checkpoint)
     rows = pd.read_csv(tmp_path / "scores" / "per_crystal.csv")["rms"]
     assert [json.loads(row, parse_constant=pytest.fail) for row in rows].count([None]) == 1  # NaN is no JSON
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from unittest.mock import Mock
 
 import ase.io
@@ -32,6 +35,7 @@ from contsp_core.app.prediction import (
     confidence,
     describe_cells,
     doubts,
+    identify,
     plan,
     powder_pattern,
     predict,
@@ -68,7 +72,7 @@ def prediction(model):
 
 @pytest.fixture(scope="module")
 def written(prediction, tmp_path_factory):
-    origin = provenance("prototypes", QUICK, prediction)
+    origin = provenance(identify("prototypes"), QUICK, prediction)
     return write_prediction(prediction, tmp_path_factory.mktemp("out") / "NaCl", origin)
 
 
@@ -337,6 +341,18 @@ def test_a_pattern_may_be_a_csv_file_with_a_header(tmp_path):
         np.testing.assert_allclose(read_pattern(tmp_path / "measured.xy"), rows, atol=1e-3)
     (tmp_path / "measured.xy").write_text("\n".join(f"{angle:.1f},{count}" for angle, count in COUNTED))
     np.testing.assert_allclose(read_pattern(tmp_path / "measured.xy"), COUNTED)
+    for text in ("\ufeff", "# slit 1,5 2\n"):
+        (tmp_path / "measured.xy").write_text(text + "\n".join(f"{angle:.1f},{count}" for angle, count in COUNTED))
+        np.testing.assert_allclose(read_pattern(tmp_path / "measured.xy"), COUNTED)
+    peaks = pd.DataFrame(COUNTED, columns=["two_theta", "intensity"]).assign(hkl="511 333")  # as written here
+    peaks.to_csv(tmp_path / "measured.csv", index=False)
+    np.testing.assert_allclose(read_pattern(tmp_path / "measured.csv"), COUNTED)
+    peaks.to_csv(tmp_path / "measured.csv")
+    with pytest.raises(ValueError, match="first column that counts the rows, expected angles"):
+        read_pattern(tmp_path / "measured.csv")
+    (tmp_path / "measured.xy").write_text("\n".join(f"{angle:.2f}\t1,{count:03.0f}" for angle, count in COUNTED))
+    with pytest.raises(ValueError, match="commas for thousands"):
+        read_pattern(tmp_path / "measured.xy")
 
 
 def test_a_measured_pattern_tells_structures_apart_and_forgives_a_wrong_volume():
@@ -397,7 +413,7 @@ def test_each_crystal_is_written_in_four_formats_that_agree_and_name_what_made_t
 
 
 def test_a_folder_appears_whole_or_not_at_all(prediction, tmp_path, monkeypatch):
-    origin, folder = provenance("prototypes", QUICK, prediction), tmp_path / "NaCl"
+    origin, folder = provenance(identify("prototypes"), QUICK, prediction), tmp_path / "NaCl"
 
     def fail(*_):
         raise OSError("disk full")
@@ -413,7 +429,7 @@ def test_a_folder_appears_whole_or_not_at_all(prediction, tmp_path, monkeypatch)
     (folder / "99_NaCl.cif").touch()  # of a longer table
     write_prediction(prediction, folder, origin, overwrite=True)
     assert not (folder / "99_NaCl.cif").exists()
-    for mine in ("notes.txt", "01_NaCl_relaxed.cif"):
+    for mine in ("notes.txt", "01_NaCl_relaxed.cif", "1_NaCl.cif", "02_relaxed.cif", "02_NaCl.csv"):
         (folder / mine).touch()
         with pytest.raises(FileExistsError, match=f"has '{mine}', which no prediction made: move it away first"):
             write_prediction(prediction, folder, origin, overwrite=True)
@@ -501,6 +517,39 @@ def test_a_calculator_relaxes_ranks_and_may_fail_on_one_crystal(prediction):
     assert all("calculator" not in name for structure in prediction.best for name in structure.properties)
 
 
+def test_a_number_beyond_the_memory_is_told_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("contsp_core.app.prediction.predict", Mock(side_effect=MemoryError))
+    with pytest.raises(SystemExit, match=r"^error: MemoryError: a number is too large$"):
+        cli.main(["predict", "NaCl", *QUICKLY, "--output", str(tmp_path)])
+
+
+def test_what_changes_while_chains_run_changes_no_record(model, tmp_path, monkeypatch, capsys):
+    """A training replaces the checkpoint, a calculator goes to another folder, and SIGTERM ends it all."""
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint("mine.safetensors", model, {"dataset": "prototypes"})
+    digest = identify("mine.safetensors")["checkpoint_sha256"]
+
+    def disturbed(*arguments, **options):
+        save_checkpoint("mine.safetensors", model, {"dataset": "perov5"})
+        (tmp_path / "elsewhere").mkdir()
+        os.chdir("elsewhere")
+        return predict(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("contsp_core.app.prediction.predict", disturbed)
+        run(capsys, "predict", "NaCl", "--checkpoint", "mine.safetensors", *QUICKLY[2:], "--output", "out")
+    made = json.loads((tmp_path / "out" / "NaCl" / "candidates.json").read_text())
+    assert (made["checkpoint_sha256"], made["trained_on"]["dataset"]) == (digest, "prototypes")
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("contsp_core.app.prediction._write_crystal", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit, match="stopped; what is on disk is complete"):
+            cli.main(["predict", "NaCl", *QUICKLY, "--output", str(tmp_path / "new")])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
 def test_a_measured_pattern_reaches_the_table_and_its_file(tmp_path, capsys):
     np.savetxt(tmp_path / "measured.xy", measure(ROCK_SALT))
     run(capsys, "predict", "NaCl", *QUICKLY, "--output", str(tmp_path), "--xrd", str(tmp_path / "measured.xy"))
@@ -545,6 +594,8 @@ def test_a_formula_that_fails_does_not_stop_the_others(tmp_path, capsys):
         (["nowhere.csv"], "'nowhere.csv' cannot be read as CSV"),
         (["bad.csv"], "'bad.csv', row 2"),
         (["other.csv"], "expected a column 'formula'"),
+        (["surplus.csv"], "'surplus.csv', row 2: ValueError: 1 columns have names, but the row has more fields"),
+        (["NaCl", "--output", "sealed"], "sealed' cannot be written: PermissionError"),
         (["NaCl", "--output", "bad.csv"], "bad.csv"),
         (["NaCl", "--output", "full"], "exists; --resume leaves it out, --overwrite replaces it"),
         (["NaCl", "--output", "full", "--overwrite"], "only an earlier prediction is replaced"),
@@ -556,7 +607,11 @@ def test_what_is_wrong_is_told_in_one_line_before_any_work(arguments, message, t
     monkeypatch.setattr("contsp_core.app.prediction.predict", lambda *_: pytest.fail("work was done"))
     (tmp_path / "bad.csv").write_text("formula\nNaCl\nNaXx\n")
     (tmp_path / "other.csv").write_text("name\nNaCl\n")
+    (tmp_path / "surplus.csv").write_text("\ufeffformula\nNaCl\nTiO2,NaCl\n")
     (tmp_path / "full" / "NaCl").mkdir(parents=True)
+    touch = Path.touch
+    deny = Mock(side_effect=PermissionError("no"))
+    monkeypatch.setattr(Path, "touch", lambda path: deny() if path.parent.name == "sealed" else touch(path))
     with pytest.raises(SystemExit) as error:
         cli.main(["predict", "--checkpoint", "prototypes", *arguments])
     assert message in str(error.value)
@@ -590,7 +645,16 @@ def test_an_energy_is_audited(tmp_path, capsys):
     assert "jump" not in done.out
     with pytest.raises(SystemExit, match=r"nowhere\.cif' cannot be read as a crystal"):
         cli.main(["audit", str(tmp_path / "nowhere.cif")])
-    with pytest.raises(SystemExit, match=r"error: No EMT-potential for C[ls]"):
+    for damage, message in ((path.read_text() + other.read_text(), "several crystals"), ("data_x\n", "")):
+        (tmp_path / "bad.cif").write_text(damage)
+        with pytest.raises(SystemExit, match=rf"bad\.cif' cannot be read as a crystal: .*{message}"):
+            cli.main(["audit", str(other), str(tmp_path / "bad.cif")])
+    Structure(Lattice.cubic(4), [{"Cu": 0.5, "Au": 0.5}], [[0, 0, 0]]).to(str(tmp_path / "bad.cif"))
+    with pytest.raises(SystemExit, match=r"bad\.cif' cannot be audited: .* disordered"):
+        cli.main(["audit", str(other), str(tmp_path / "bad.cif")])
+    with pytest.raises(SystemExit, match="error: seed is -1, expected 0"):
+        cli.main(["audit", str(other), "--seed", "-1"])
+    with pytest.raises(SystemExit, match=r"error: the calculator fails: .* No EMT-potential for C[ls]"):
         cli.main(["audit", str(other), "--calculator", "ase.calculators.emt:EMT"])
 
 

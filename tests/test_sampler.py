@@ -29,9 +29,6 @@ def geometry(results) -> list[np.ndarray]:
 
 
 def test_each_entry_gets_its_atoms_and_the_energy_of_each_structure(model):
-    vars(model)["judge"] = judge = copy.deepcopy(model)
-    with torch.no_grad():
-        judge.fc_final.bias += 3
     model.train()  # the norms of its weights would follow every call
     before = copy.deepcopy(model.state_dict())
     results = sample_structures(model, ENTRIES, n_samples=3, n_steps=4)
@@ -42,7 +39,7 @@ def test_each_entry_gets_its_atoms_and_the_energy_of_each_structure(model):
         for structure in structures:
             assert sorted(structure.atomic_numbers) == sorted(species)
             with torch.no_grad():
-                energy = float(judge(Crystals.from_structures([structure])))
+                energy = float(model(Crystals.from_structures([structure])))
             assert structure.properties["energy"] == pytest.approx(energy, rel=1e-3, abs=1e-3)
     matrices = {structure.lattice.matrix.tobytes() for structures in results for structure in structures}
     assert len(matrices) == 9  # all different

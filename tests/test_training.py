@@ -693,6 +693,13 @@ def fail_at(monkeypatch, update: int, n_failures: int, loss: float = math.nan) -
     monkeypatch.setattr(training, "score_matching_step", broken)
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    job = tiny_job(tmp_path / "tiny.safetensors", n_updates=1, learning_rate=1e300)
+    with pytest.raises(FloatingPointError, match="update 1: weights are not finite; a smaller learning_rate may help"):
+        run(job)
+    assert load_model(job.output).fc_final.weight.isfinite().all()
+
+
 # What a run refuses, before it changes anything
 
 
@@ -770,7 +777,7 @@ def test_a_damaged_state_is_refused(tmp_path, damage):
         (["--contrast-weight", "2"], "--contrast-weight is for --negatives"),
         (["--n-steps", "10"], "--n-steps is for contrastive_divergence"),
         (["--n-steps", "0", "--objective", "contrastive_divergence"], "n_steps is 0, expected"),
-        (["--n-structures", "0"], "n is 0, expected"),
+        (["--n-structures", "0"], "n_structures is 0, expected"),
         (["--seed", "-1"], "seed is -1, expected"),
         (["--device", "abacus"], "device is 'abacus', which fails"),
         (["--device", "meta"], "device is 'meta', which fails"),

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import copy
 import importlib
-import math
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator, Calculator, all_changes
@@ -22,6 +22,8 @@ from pymatgen.core import Lattice, Structure
 from contsp_core.crystals import Crystals
 from contsp_core.data import one_line, retold
 from contsp_core.energy import ContinuousCGCNN, energy_and_gradient
+
+LARGEST_GROWTH = 10.0  # of the volume while a crystal relaxes; beyond it or its inverse a calculator has failed
 
 
 class ContinuousCalculator(Calculator):
@@ -67,11 +69,11 @@ def load_calculator(name: str) -> BaseCalculator:
     module_name, _, attribute = name.partition(":")
     if not (module_name and attribute):
         raise ValueError(f"calculator is {name!r}, expected module:Class, such as ase.calculators.emt:EMT")
-    with retold(f"calculator {name!r}: module {module_name!r} cannot be imported", Exception):
+    with retold(f"calculator {name!r}: module {module_name!r} cannot be imported", Exception, SystemExit):
         module = importlib.import_module(module_name)
     if not callable(make := getattr(module, attribute, None)):
         raise ValueError(f"calculator {name!r}: module {module_name!r} has no class {attribute!r}")
-    with retold(f"calculator {name!r}: {attribute}() cannot be made without arguments", Exception):
+    with retold(f"calculator {name!r}: {attribute}() cannot be made without arguments", Exception, SystemExit):
         calculator = make()
     if not isinstance(calculator, BaseCalculator):
         raise ValueError(f"calculator {name!r}: {attribute}() is a {type(calculator).__name__}, not an ASE calculator")
@@ -108,7 +110,7 @@ def relax_and_rank(
     for structure in sorted((structure.copy() for structure in structures), key=lambda s: s.properties["energy"]):
         try:
             relaxed.append(_relax(structure, calculator, max_steps, force_tolerance))
-        except Exception as error:  # calculators fail in as many ways as there are calculators
+        except (Exception, SystemExit) as error:  # calculators fail in as many ways as there are calculators
             structure.properties = structure.properties | {"calculator_error": one_line(error)}  # copies share theirs
             failed.append(structure)
     return sorted(relaxed, key=lambda s: s.properties["calculator_energy"]) + failed
@@ -119,9 +121,11 @@ def _relax(structure: Structure, calculator: BaseCalculator, max_steps: int, for
     atoms = Atoms(numbers, structure.cart_coords, cell=structure.lattice.matrix, pbc=True, calculator=calculator)
     with FIRE(FrechetCellFilter(atoms), logfile=None) as optimiser:
         converged = bool(optimiser.run(fmax=force_tolerance, steps=max_steps))
-    energy = float(atoms.get_potential_energy()) / len(atoms)
-    if not math.isfinite(energy):
-        raise ValueError(f"energy is {energy}")
+    energy, growth = float(atoms.get_potential_energy()) / len(atoms), atoms.get_volume() / structure.volume
+    if not np.isfinite([energy, *atoms.positions.flat, *atoms.cell.array.flat]).all():
+        raise ValueError(f"energy is {energy}, or an atom is nowhere")
+    if not 1 / LARGEST_GROWTH < growth < LARGEST_GROWTH:
+        raise ValueError(f"the volume is {growth:.3g} times what it was")
     found = {"calculator_energy": energy, "calculator_converged": converged}
     lattice, properties = Lattice(atoms.cell.array), structure.properties | found
     return Structure(lattice, numbers, atoms.positions, coords_are_cartesian=True, properties=properties)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
+import re
+import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 EXAMPLES = """examples:
   contsp predict SrTiO3                            crystals of one formula, in predictions/SrTiO3/
@@ -23,16 +29,24 @@ EXAMPLES = """examples:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; a problem ends it with status 1 and one line."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    sys.stderr = sys.stderr or io.StringIO()  # closed
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # Å and ₃ where only ASCII is spoken
     try:
         if given[:1] == ["train"]:
             from contsp_core.training import main as train
 
             return train(given[1:])
+        with suppress(ValueError):  # only the main thread has signals
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half-written is removed
         options = vars(_parser().parse_args(given))
         options.pop("command")(**options)
     except ModuleNotFoundError as error:
         raise SystemExit(f"error: {error}; the extra contsp_core[analysis] has what the commands need") from None
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (MemoryError, OverflowError) as error:
+        raise SystemExit(f"error: {type(error).__name__}: a number is too large") from None
+    except (ValueError, OSError, ImportError, RuntimeError, Warning) as error:
         raise SystemExit(f"error: {' '.join(str(error).split())}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; what is on disk is complete") from None
@@ -102,9 +116,10 @@ def predict(
     from contsp_core.app.calculators import load_calculator
     from contsp_core.csp.candidates import TemplateLibrary
 
-    name, pattern = options.pop("calculator"), options.pop("xrd")
+    name, pattern, output = options.pop("calculator"), options.pop("xrd"), output.absolute()
     options["n_units"] = options["n_units"] and tuple(options["n_units"])
     config, model = made.PredictConfig(**options, confidence=made.CALIBRATED.get(checkpoint)), load_model(checkpoint)
+    identity = made.identify(checkpoint)
     names = list(dict.fromkeys(Composition(Counter(numbers)).reduced_formula for numbers in given))
     plans = {formula: made.plan(model, formula, config) for formula in names}
     calculator = name and load_calculator(name)
@@ -114,6 +129,8 @@ def predict(
             made.check_replaceable(output / formula, overwrite or resume)
     with retold(f"output {str(output)!r} cannot be written", OSError):
         output.mkdir(parents=True, exist_ok=True)
+        (probe := output / f".{uuid4().hex}.tmp").touch()
+        probe.unlink()
     library, failed = None, []
     if config.source != "chains":
         print("reading the training crystals …", file=sys.stderr)
@@ -130,7 +147,7 @@ def predict(
             prediction = prediction.relaxed(calculator, config.n_jobs) if calculator else prediction
             prediction = prediction if measured is None else prediction.compared(measured)
             without = bool(calculator) and "calculator_energy" not in prediction.table
-            origin = made.provenance(checkpoint, config, prediction)
+            origin = made.provenance(identity, config, prediction)
             origin |= {"calculator": name, "calculator_failed": without, "xrd": pattern and str(pattern)}
             folder = made.write_prediction(prediction, output / formula, origin, overwrite or resume)
             for doubt in prediction.doubts[len(doubts) :]:
@@ -143,9 +160,10 @@ def predict(
             failed.append(formula)
             print(f"{formula}: error: {' '.join(str(error).split())}", file=sys.stderr)
             continue
-        print(f"\n{formula} ({prediction.n_made} candidates, {folder}/):\n{prediction.summary()}")
+        with suppress(OSError):  # nobody reads any more
+            print(f"\n{formula} ({prediction.n_made} candidates, {folder}/):\n{prediction.summary()}", flush=True)
     if failed:
-        raise ValueError(f"{', '.join(failed)} failed, for the reasons above; what was found is in {output}")
+        raise ValueError(f"{', '.join(failed)} failed, for the reasons above")
 
 
 def read_formulas(entries: Sequence[str]) -> list[list[int]]:
@@ -157,15 +175,17 @@ def read_formulas(entries: Sequence[str]) -> list[list[int]]:
         if not entry.endswith(".csv"):
             found.append(parse_formula(entry))
             continue
-        import pandas as pd
-
-        with retold(f"{entry!r} cannot be read as CSV", OSError, ValueError):
-            table = pd.read_csv(entry, keep_default_na=False, dtype=str)
-        if "formula" not in table.columns or not len(table):
-            raise ValueError(f"{entry!r} has {len(table)} rows of {', '.join(table)}, expected a column 'formula'")
-        for row, formula in enumerate(table["formula"], start=1):
-            with retold(f"{entry!r}, row {row}", ValueError):
-                found.append(parse_formula(formula))
+        with retold(f"{entry!r} cannot be read as CSV", OSError, ValueError, csv.Error):
+            text = Path(entry).read_text(encoding="utf-8-sig")
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True))
+        if not rows or "formula" not in rows[0]:
+            columns = ", ".join(map(str, rows[0])) if rows else "none"
+            raise ValueError(f"{entry!r} has {len(rows)} rows of {columns}, expected a column 'formula'")
+        for number, row in enumerate(rows, start=1):
+            with retold(f"{entry!r}, row {number}", ValueError):
+                if None in row:
+                    raise ValueError(f"{len(row) - 1} columns have names, but the row has more fields")
+                found.append(parse_formula(row["formula"]))
     return found
 
 
@@ -194,6 +214,9 @@ def evaluate(
     crystals = f"{len(found.table)} crystals of {dataset}/{found.references.split}"
     crystals += f" ({n} with the formula of a training crystal)" if (n := found.summary["data"]["n_seen"]) else ""
     print(f"{method}: {crystals}, {n_samples} samples of each")
+    counts = {name: found.summary["scores"][f"n_{name}"] for name in ("missing", "timed_out", "wrong_composition")}
+    if any(counts.values()):
+        print("samples that match nothing:", ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()))
     print(f"{score_table(found.summary['scores']).to_string()}\nmore in {output / SUMMARY}")
 
 
@@ -203,16 +226,23 @@ def audit(files: Sequence[Path], checkpoint: str, calculator: str | None, seed: 
 
     from contsp_core.data import find_checkpoint, retold
 
+    if not 0 <= seed < 2**62:
+        raise ValueError(f"seed is {seed}, expected 0 … {2**62 - 1}")
     structures = []
     for path in files:
         with retold(f"{str(path)!r} cannot be read as a crystal", Exception):  # pymatgen raises many kinds
+            if path.suffix.lower() == ".cif" and len(re.findall("^data_", path.read_text(), re.MULTILINE)) > 1:
+                raise ValueError("it holds several crystals, expected one")
             structures.append(Structure.from_file(path))
         structures[-1].properties = {"material_id": str(path)}
     calculator or find_checkpoint(checkpoint)
-    from contsp_core import load_model
+    from contsp_core import Crystals, load_model
     from contsp_core.app.calculators import load_calculator
     from contsp_core.invariance import audit as measure
 
+    for path, structure in zip(files, structures):
+        with retold(f"{str(path)!r} cannot be audited", ValueError):
+            Crystals.from_structures([structure])
     energy: Any = load_calculator(calculator) if calculator else load_model(checkpoint)
     table = measure(energy, structures, seed=seed).rename(columns={"material_id": "worst crystal"})
     names = [f"{path} ({structure.composition.reduced_formula})" for path, structure in zip(files, structures)]

@@ -53,7 +53,9 @@ N_CALIBRATED = 20  # chains for which they were fitted; fewer agree by chance, m
 MADE_BY = "candidates.json"
 TOO_CLOSE = f"too close: atoms nearer than {candidates.CLOSEST} of the sum of their covalent radii; they come last"
 UNITS = "energy: learned, per atom, no unit; density: g/cm³; V/atom: Å³; shortest, a, b, c: Å; atoms: in a, b, c"
-WRITTEN = re.compile(r"candidates\.(csv|json|png)|\d+_[A-Za-z0-9()]+(_symmetrised|_xrd)?\.(cif|vasp|extxyz|csv)")
+WRITTEN = re.compile(
+    r"candidates\.(csv|json|png)|\d{2,}_([A-Z][a-z]?\d*|[()]\d*)+(_symmetrised\.cif|_xrd\.csv|\.(cif|vasp|extxyz))"
+)
 PEAK_WIDTH = 0.2  # standard deviation of a peak of a simulated powder pattern, degrees
 STRETCHES = np.linspace(0.94, 1.06, 49)  # of the lattice, tried when a pattern is compared
 TWO_THETA = (5.0, 90.0)  # degrees, Cu Kα
@@ -76,7 +78,8 @@ class PredictConfig:
     def __post_init__(self) -> None:
         check_limits(self.n_jobs)
         check_settings(self, seed=(0, 2**62), n_jobs=(-1, 2**62))
-        if self.n_units is not None and not all(type(n) is int and n > 0 for n in self.n_units or [0]):
+        units = self.n_units
+        if units is not None and not (isinstance(units, tuple) and all(type(n) is int and n > 0 for n in units or [0])):
             raise ValueError(f"n_units is {self.n_units}, expected a tuple of integers ≥ 1, or None")
 
 
@@ -223,7 +226,7 @@ def predict(
                 break
             numbers = np.arange(first, min(first + round_, config.n_samples))
             parts = [part for part in np.array_split(numbers, max(n_jobs, len(numbers) // PART)) if len(part)]
-            found = Parallel(n_jobs, return_as="generator")(work(part) for part in parts)
+            found = Parallel(min(n_jobs, len(parts)), return_as="generator")(work(part) for part in parts)
             shown = tqdm(found, "sampling", len(parts), disable=None if progress else True)
             made += itertools.chain.from_iterable(shown)
     if not made:
@@ -339,26 +342,35 @@ def agreement(structure: Structure, measured: np.ndarray) -> float:
 def read_pattern(path: str | Path) -> np.ndarray:
     """(n, 2) angles and counts from 5° to 90°, of a text file in columns; a ValueError tells of another content."""
     with retold(f"xrd file {str(path)!r} cannot be read", OSError, ValueError):
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
-        decimal = re.search(r"\d,\d+[; \t]+\d", text)  # 10,02 107
-        lines = text.replace(",", "." if decimal else " ").replace(";", " ").splitlines()
-        rows = [line.split()[:2] for line in lines if re.match(r"\s*[-+\d.eE]+\s", line)]  # not a header
-        measured = np.array(rows, dtype=float).reshape(-1, 2)
+        lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        lines = [line for line in lines if re.match(r"\s*[-+]?\.?\d[-+\d.,eE]*[\s;,]", line)]  # not a header
+        if not any("." in line for line in lines) and any(re.match(r"\s*\d+,\d+[;\s]", line) for line in lines):
+            lines = [line.replace(",", ".") for line in lines]  # 10,02 107
+        if any(re.match(r"\s*[-+\d.eE]+[;\s]+\d+,\d{3}\b", line) for line in lines):
+            raise ValueError("counts with commas for thousands, expected none")
+        rows = [re.split(r"\s*[;,]\s*|\s+", line.strip()) for line in lines]
+        measured = np.array([row[:2] for row in rows], dtype=float).reshape(-1, 2)
+        if rows and all(len(row) > 2 and row[0].isdigit() for row in rows) and (np.diff(measured[:, 0]) == 1).all():
+            raise ValueError("a first column that counts the rows, expected angles")
         measured = measured[(measured[:, 0] >= TWO_THETA[0]) & (measured[:, 0] <= TWO_THETA[1])]
         if len(measured) < 10 or not np.isfinite(measured).all() or not np.ptp(measured[:, 1]):
             raise ValueError("expected ten or more rows of an angle from 5° to 90° and a count, which varies")
     return measured
 
 
-def provenance(checkpoint: str | Path, config: PredictConfig, prediction: Prediction) -> dict[str, Any]:
-    """What made a prediction: settings, program versions, the checkpoint and its training data."""
+def identify(checkpoint: str | Path) -> dict[str, Any]:
+    """Name, digest, training data and judge of a checkpoint as it is now: a training may replace it meanwhile."""
     path, header = find_checkpoint(checkpoint), read_settings(checkpoint)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     trained_on = {name: header.get(name) for name in ("dataset", "n_structures", "data")}
-    made: dict[str, Any] = {"formula": prediction.formula, "checkpoint": path.stem, "checkpoint_sha256": digest}
-    made |= {"trained_on": trained_on, "settings": asdict(config), "n_candidates": prediction.n_made}
+    identity = {"checkpoint": path.stem, "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return identity | {"trained_on": trained_on, "judge": header.get("judge")}
+
+
+def provenance(identity: dict[str, Any], config: PredictConfig, prediction: Prediction) -> dict[str, Any]:
+    """What made a prediction: the checkpoint, of :func:`identify`, settings and program versions."""
+    made = {"formula": prediction.formula} | identity | {"settings": asdict(config)}
     versions = {name: version(name) for name in ("contsp_core", "torch", "pymatgen", "spglib", "numpy")}
-    return made | {"judge": header.get("judge"), "doubts": prediction.doubts, "versions": versions}
+    return made | {"n_candidates": prediction.n_made, "doubts": prediction.doubts, "versions": versions}
 
 
 def write_prediction(prediction: Prediction, folder: Path, origin: dict[str, Any], overwrite: bool = False) -> Path:
@@ -419,7 +431,10 @@ def _write_crystal(structure: Structure, stem: Path, origin: dict[str, Any]) -> 
     comment = ", ".join(f"{name} {value}" for name, value in label.items())
     symmetric, name = candidates.standardise(structure), structure.composition.reduced_formula
     with warnings.catch_warnings(action="ignore"):  # of elements without electronegativity
-        for ending, writer in (("", CifWriter(structure)), ("_symmetrised", CifWriter(symmetric, symprec=0.1))):
+        writers = {"": CifWriter(structure), "_symmetrised": CifWriter(symmetric)}
+        with suppress(Exception):  # spglib finds no symmetry
+            writers["_symmetrised"] = CifWriter(symmetric, symprec=0.1)
+        for ending, writer in writers.items():
             stem.with_name(f"{stem.name}{ending}.cif").write_text(f"# {comment}\n{writer}")
     poscar = Poscar(structure, comment=f"{name}, {comment}", sort_structure=True)
     poscar.write_file(str(stem.with_suffix(".vasp")))

@@ -127,6 +127,7 @@ def evaluate_cifs(
     """
     settings, model, chosen, record = _load(checkpoint, dataset, settings)
     record |= {"source": "cifs", "n_samples": settings.n_samples, "n_steps": None}
+    compare_settings(Path(output_dir), record | {"cif_dir": str(Path(cif_dir).resolve()), "n_structures": None})
     record |= {"method": method, "trained_on": _trained_on(checkpoint)}
     return _score(Path(cif_dir), chosen, record, model, Path(output_dir), settings)
 
@@ -229,10 +230,14 @@ def compare_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Write the settings of the samples in a folder, or compare them with those found: a ValueError if they differ."""
     path, settings = folder / SETTINGS, json.loads(json.dumps(settings, default=str))
     if not path.is_file():
+        if (folder / SUMMARY).exists() or (folder / TABLE).exists():
+            raise ValueError(
+                f"output_dir {str(folder)!r} has {SUMMARY} or {TABLE}, but no {SETTINGS}: choose another one"
+            )
         with retold(f"output_dir {str(folder)!r} cannot be written", OSError, kind=OSError):
             write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
         return
-    with retold(f"{path} is damaged", ValueError):
+    with retold(f"{path} is damaged", ValueError, TypeError):
         found = dict(json.loads(path.read_text(encoding="utf-8")))
     for name in sorted(found.keys() | settings.keys()):
         if found.get(name) != settings.get(name):
@@ -262,8 +267,9 @@ def _is_complete(own: Path) -> bool:
 
 def _energies(own: Path) -> dict[str, float | None]:
     path = own / ENERGIES
-    with retold(f"{path} is damaged", ValueError):
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    with retold(f"{path} is damaged", ValueError, TypeError, AttributeError):
+        found = json.loads(path.read_text(encoding="utf-8")).items() if path.is_file() else ()
+        return {str(name): None if energy is None else float(energy) for name, energy in found}
 
 
 def write_samples(folder: Path, material_id: str, structures: Sequence[Structure | None]) -> None:
