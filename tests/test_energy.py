@@ -180,18 +180,6 @@ def test_both_paths_agree_in_value_and_in_every_gradient(config):
         )
 
 
-def test_a_noisy_energy_is_the_network_over_sigma_plus_the_density_term():
-    """With its noise features at zero the network does not see σ, so only the factor 1/σ is left."""
-    model, crystals = small_model(NOISY), random_batch()
-    for layer in (model.noise_features.to_conv, model.noise_features.to_readout):
-        torch.nn.init.zeros_(layer.weight)
-        torch.nn.init.zeros_(layer.bias)
-    network = LiteralEnergy(model)(crystals) - model.density_term(crystals)
-    for sigma in (0.05, 1.7):
-        value = model(crystals, torch.full((len(crystals),), sigma, dtype=torch.float64))
-        torch.testing.assert_close(value, network / sigma + model.density_term(crystals))
-
-
 def test_a_noisy_energy_is_evaluated_at_its_default_level():
     model, crystals = small_model(NOISY), random_batch()
     default = torch.full((len(crystals),), NOISY.noise_default, dtype=torch.float64)
