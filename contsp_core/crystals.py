@@ -124,19 +124,18 @@ class Crystals:
 
         Values are not checked again: a Monte Carlo proposal may be non-finite, and it is the sampler that rejects it.
         """
-        new = object.__new__(Crystals)
-        vars(new).update(vars(self))
-        for name, tensor in (("cell", cell), ("positions", positions)):
-            if tensor is not None and tensor.shape != vars(self)[name].shape:
+        given = {name: x for name, x in (("cell", cell), ("positions", positions)) if x is not None}
+        for name, tensor in given.items():
+            if tensor.shape != vars(self)[name].shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(vars(self)[name].shape)}")
-            vars(new).update({} if tensor is None else {name: tensor})
+        new = object.__new__(Crystals)
+        vars(new).update(vars(self) | given)
         return new
 
     def to(self, target: torch.device | str | torch.dtype) -> Crystals:
         """A copy on another device, or in another floating-point precision."""
-        new, floats = self.replace(self.cell.to(target), self.positions.to(target)), isinstance(target, torch.dtype)
-        indices = {name: getattr(self, name) for name in ("atomic_numbers", "system_idx")}
-        vars(new).update(indices if floats else {name: tensor.to(target) for name, tensor in indices.items()})
+        names, new = ("cell", "positions") if isinstance(target, torch.dtype) else vars(self), self.replace()
+        vars(new).update({name: getattr(self, name).to(target) for name in names})
         return new
 
     def __iter__(self) -> Iterator[Crystals]:

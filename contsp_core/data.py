@@ -104,9 +104,10 @@ def _find_file(name: str, split: str) -> Path | None:
 
 
 def _cache_dir() -> Path:
+    if given := os.environ.get("CONTSP_CACHE_DIR"):
+        return Path(given)
     with retold("there is no home for a cache, expected a folder in CONTSP_CACHE_DIR", RuntimeError):
-        base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-        return Path(os.environ.get("CONTSP_CACHE_DIR") or Path(base) / "contsp")
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "contsp"
 
 
 def _official_blob(name: str, split: str) -> str:
@@ -360,7 +361,7 @@ def resolve_species(entries: Sequence[str | Sequence[int]]) -> list[list[int]]:
 def choose(items: Sequence[Any], n: int | None, seed: int = 0) -> list[Any]:
     """A random choice of at most ``n`` ≥ 1 entries, without repeats, in their original order; all of them for None."""
     if n is not None and n < 1:
-        raise ValueError(f"n_structures is {n}, expected ≥ 1, or None for all")
+        raise ValueError(f"n is {n}, expected ≥ 1, or None for all")
     order = np.random.default_rng(seed).permutation(len(items))[:n]
     return [items[index] for index in sorted(order.tolist())]
 

@@ -297,6 +297,8 @@ class Job:
         """Refuse, by a ValueError, a device that does not work and files that are not there to be written."""
         with retold(f"device is {self.device!r}, which fails", RuntimeError, AssertionError):
             torch.zeros(1, device=self.device).item()
+        if self.n_structures is not None and self.n_structures < 1:
+            raise ValueError(f"n_structures is {self.n_structures}, expected ≥ 1, or None for all")
         if self.output.suffix != ".safetensors":
             raise ValueError(f"output is {str(self.output)!r}, expected a path that ends in .safetensors")
         for path in (self.output, self.log, self.state):

@@ -19,6 +19,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -140,7 +141,7 @@ def test_choice_is_seeded_ordered_and_without_repeats() -> None:
     assert len(chosen) == 10
     assert chosen == choose(range(100), 10, seed=1) != choose(range(100), 10, seed=2)
     assert choose(range(5), None) == choose(range(5), 9) == [0, 1, 2, 3, 4]
-    with pytest.raises(ValueError, match="n_structures is 0, expected ≥ 1"):
+    with pytest.raises(ValueError, match="n is 0, expected ≥ 1"):
         choose(range(5), 0)
 
 
@@ -577,6 +578,16 @@ def test_formula_is_read_in_the_order_written(text: str, expected: list[int]) ->
 
 def test_subscripts_are_digits():
     assert parse_formula("SrTiO₃") == parse_formula("SrTiO3")
+
+
+def test_the_cache_needs_no_home_if_it_is_named(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("CONTSP_CACHE_DIR", str(tmp_path))
+    assert data._cache_dir() == tmp_path
+    monkeypatch.delenv("CONTSP_CACHE_DIR")
+    with pytest.raises(ValueError, match="no home for a cache, expected a folder in CONTSP_CACHE_DIR"):
+        data._cache_dir()
 
 
 SEVERAL = ["CaO 2TiO2", "MgO 2SiO2", "CuSO4 5H2O", "CaTiO3 BaO", "Na2Cl-1Cl2"]  # pymatgen reads one formula

@@ -326,8 +326,12 @@ def test_a_folder_of_perfect_cifs_scores_perfectly_and_missing_files_count(check
     assert scores["rmse"] == pytest.approx(0, abs=1e-5)
     assert result.table["energy"].iloc[0][0] == pytest.approx(result.table["reference_energy"].iloc[0], abs=1e-3)
     assert results_table([result.summary], published=False)["method"].unique() == ["CIF files"]
+    (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match=r"samples made with cif_dir='.*peer', expected '.*other'"):
         evaluate_cifs(tmp_path / "other", "prototypes", tmp_path / "scores", settings, checkpoint)
+    with pytest.raises(ValueError, match=r"cif_dir is '.*absent', expected a folder"):
+        evaluate_cifs(tmp_path / "absent", "prototypes", tmp_path / "nothing", settings, checkpoint)
+    assert not (tmp_path / "nothing").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "summary.json").write_text("{}")
     with pytest.raises(ValueError, match=r"mine' has summary\.json or per_crystal\.csv, but no settings\.json"):

@@ -8,13 +8,13 @@ import io
 import re
 import signal
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 EXAMPLES = """examples:
   contsp predict SrTiO3                            crystals of one formula, in predictions/SrTiO3/
@@ -129,8 +129,7 @@ def predict(
             made.check_replaceable(output / formula, overwrite or resume)
     with retold(f"output {str(output)!r} cannot be written", OSError):
         output.mkdir(parents=True, exist_ok=True)
-        (probe := output / f".{uuid4().hex}.tmp").touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=output).close()
     library, failed = None, []
     if config.source != "chains":
         print("reading the training crystals …", file=sys.stderr)

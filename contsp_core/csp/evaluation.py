@@ -127,6 +127,8 @@ def evaluate_cifs(
     """
     settings, model, chosen, record = _load(checkpoint, dataset, settings)
     record |= {"source": "cifs", "n_samples": settings.n_samples, "n_steps": None}
+    if not Path(cif_dir).is_dir():  # before anything is written
+        raise ValueError(f"cif_dir is {str(cif_dir)!r}, expected a folder with <material_id>/<sample number>.cif in it")
     compare_settings(Path(output_dir), record | {"cif_dir": str(Path(cif_dir).resolve()), "n_structures": None})
     record |= {"method": method, "trained_on": _trained_on(checkpoint)}
     return _score(Path(cif_dir), chosen, record, model, Path(output_dir), settings)
