@@ -16,17 +16,15 @@ import ipywidgets as widgets
 from IPython.display import display
 
 from contsp_core import load_model
+from contsp_core.app.files import identify, provenance, write_prediction
 from contsp_core.app.prediction import (
     CALIBRATED,
     TOO_CLOSE,
     PredictConfig,
     Prediction,
     describe_cells,
-    identify,
     plan,
     predict,
-    provenance,
-    write_prediction,
 )
 from contsp_core.csp.candidates import TemplateLibrary, standardise
 from contsp_core.csp.views import is_live, view_crystal

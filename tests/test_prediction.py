@@ -26,22 +26,17 @@ from pymatgen.core import Composition, Lattice, Structure
 
 from contsp_core import Crystals, load_model
 from contsp_core.app import cli
+from contsp_core.app.files import WRITTEN, identify, provenance, write_prediction
+from contsp_core.app.powder import agreement, powder_pattern, read_pattern
 from contsp_core.app.prediction import (
-    WRITTEN,
     PredictConfig,
-    agreement,
     choose_units,
     confidence,
     describe_cells,
     doubts,
-    identify,
     plan,
-    powder_pattern,
     predict,
     prototype,
-    provenance,
-    read_pattern,
-    write_prediction,
 )
 from contsp_core.checkpoints import save_checkpoint
 from contsp_core.csp.candidates import TemplateLibrary, space_group, standardise
@@ -419,7 +414,7 @@ def test_a_folder_appears_whole_or_not_at_all(prediction, tmp_path, monkeypatch)
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("contsp_core.app.prediction.powder_pattern", fail)
+        patch.setattr("contsp_core.app.files.powder_pattern", fail)
         with pytest.raises(OSError, match="disk full"):
             write_prediction(prediction, folder, origin)
     assert list(tmp_path.iterdir()) == []
@@ -436,13 +431,13 @@ def test_a_folder_appears_whole_or_not_at_all(prediction, tmp_path, monkeypatch)
         (folder / mine).unlink()
     assert list(tmp_path.iterdir()) == [folder]
     with monkeypatch.context() as patch:
-        patch.setattr("contsp_core.app.prediction.contact_sheet", fail)
+        patch.setattr("contsp_core.app.files.contact_sheet", fail)
         with pytest.warns(UserWarning, match=r"has no candidates.png: OSError: disk full"):
             write_prediction(prediction, folder, origin, overwrite=True)
     assert (folder / "candidates.csv").is_file()
     other = tmp_path / "other"
     with monkeypatch.context() as patch:
-        patch.setattr("contsp_core.app.prediction.contact_sheet", lambda _: other.mkdir())  # by another process
+        patch.setattr("contsp_core.app.files.contact_sheet", lambda _: other.mkdir())  # by another process
         with (
             pytest.warns(UserWarning, match="no candidates.png"),
             pytest.raises(FileExistsError, match="exists; --resume leaves it out"),
@@ -541,7 +536,7 @@ def test_what_changes_while_chains_run_changes_no_record(model, tmp_path, monkey
     made = json.loads((tmp_path / "out" / "NaCl" / "candidates.json").read_text())
     assert (made["checkpoint_sha256"], made["trained_on"]["dataset"]) == (digest, "prototypes")
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("contsp_core.app.prediction._write_crystal", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("contsp_core.app.files._write_crystal", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
         with pytest.raises(SystemExit, match="stopped; what is on disk is complete"):
             cli.main(["predict", "NaCl", *QUICKLY, "--output", str(tmp_path / "new")])

@@ -27,7 +27,7 @@ MODULES = sorted((ROOT / "contsp_core").rglob("*.py"))
 CORE = ["crystals", "lattice", "data", "graph", "energy", "kernels", "mala", "diffusion", "sampler"]
 CORE += ["checkpoints", "training", "transformations", "invariance"]
 CSP = ["metrics", "candidates", "evaluation", "figures", "views"]
-APP = ["calculators", "prediction", "cli"]
+APP = ["calculators", "powder", "prediction", "files", "cli"]
 # from the bottom to the top; each may import those before it
 LAYERS = [*CORE, *(f"csp.{name}" for name in CSP), *(f"app.{name}" for name in APP)]
 DRAWING = ("csp.figures", "csp.views")
@@ -115,7 +115,7 @@ def lines_of(paths: list[Path]) -> int:
 
 @pytest.mark.parametrize(
     ("folder", "max_modules", "max_lines"),
-    [("contsp_core", 14, 3600), ("contsp_core/csp", 5, 1510), ("contsp_core/app", 4, 850)],
+    [("contsp_core", 14, 3600), ("contsp_core/csp", 5, 1500), ("contsp_core/app", 5, 900)],
 )
 def test_package_can_be_read_in_one_sitting(folder, max_modules, max_lines):
     paths = sorted((ROOT / folder).glob("*.py"))

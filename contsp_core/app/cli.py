@@ -112,21 +112,23 @@ def predict(
     from pymatgen.core import Composition
 
     from contsp_core import load_model
-    from contsp_core.app import prediction as made
+    from contsp_core.app import files
+    from contsp_core.app import prediction as app
     from contsp_core.app.calculators import load_calculator
+    from contsp_core.app.powder import read_pattern
     from contsp_core.csp.candidates import TemplateLibrary
 
     name, pattern, output = options.pop("calculator"), options.pop("xrd"), output.absolute()
     options["n_units"] = options["n_units"] and tuple(options["n_units"])
-    config, model = made.PredictConfig(**options, confidence=made.CALIBRATED.get(checkpoint)), load_model(checkpoint)
-    identity = made.identify(checkpoint)
+    config, model = app.PredictConfig(**options, confidence=app.CALIBRATED.get(checkpoint)), load_model(checkpoint)
+    identity = files.identify(checkpoint)
     names = list(dict.fromkeys(Composition(Counter(numbers)).reduced_formula for numbers in given))
-    plans = {formula: made.plan(model, formula, config) for formula in names}
+    plans = {formula: app.plan(model, formula, config) for formula in names}
     calculator = name and load_calculator(name)
-    measured = None if pattern is None else made.read_pattern(pattern)
+    measured = None if pattern is None else read_pattern(pattern)
     for formula in names:
-        if not (resume and made.is_finished(output / formula)):
-            made.check_replaceable(output / formula, overwrite or resume)
+        if not (resume and files.is_finished(output / formula)):
+            files.check_replaceable(output / formula, overwrite or resume)
     with retold(f"output {str(output)!r} cannot be written", OSError):
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
@@ -135,20 +137,20 @@ def predict(
         print("reading the training crystals …", file=sys.stderr)
         library = TemplateLibrary.of_checkpoint(checkpoint)
     for formula in names:
-        if resume and made.is_finished(output / formula):  # perhaps by another process, meanwhile
+        if resume and files.is_finished(output / formula):  # perhaps by another process, meanwhile
             print(f"{formula}: kept as it is in {output / formula}/", file=sys.stderr)
             continue
         species, doubts = plans[formula]
-        for text in (made.describe_cells(model, species), *(f"warning: {doubt}" for doubt in doubts)):
+        for text in (app.describe_cells(model, species), *(f"warning: {doubt}" for doubt in doubts)):
             print(f"{formula}: {text}", file=sys.stderr)
         try:
-            prediction = made.predict(model, formula, config, library, progress=True)
+            prediction = app.predict(model, formula, config, library, progress=True)
             prediction = prediction.relaxed(calculator, config.n_jobs) if calculator else prediction
             prediction = prediction if measured is None else prediction.compared(measured)
             without = bool(calculator) and "calculator_energy" not in prediction.table
-            origin = made.provenance(identity, config, prediction)
+            origin = files.provenance(identity, config, prediction)
             origin |= {"calculator": name, "calculator_failed": without, "xrd": pattern and str(pattern)}
-            folder = made.write_prediction(prediction, output / formula, origin, overwrite or resume)
+            folder = files.write_prediction(prediction, output / formula, origin, overwrite or resume)
             for doubt in prediction.doubts[len(doubts) :]:
                 print(f"{formula}: warning: {doubt}", file=sys.stderr)
             for reason in dict.fromkeys(filter(None, prediction.table.get("calculator_error", []))):

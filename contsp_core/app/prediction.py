@@ -1,26 +1,21 @@
-"""From a formula to crystals on disk: plan, sample, rank, describe, write."""
+"""From a formula to ranked crystals: plan, search, rank, describe."""
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import itertools
 import json
-import re
-import shutil
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from uuid import uuid4
 
 import numpy as np
 import pandas as pd
@@ -28,21 +23,18 @@ import torch
 from joblib import Parallel, delayed, effective_n_jobs
 from pymatgen.core import Element, Structure
 from pymatgen.core.structure_matcher import StructureMatcher
-from pymatgen.io.cif import CifWriter
 from tqdm.auto import tqdm
 
-from contsp_core.checkpoints import read_settings
+from contsp_core.app.powder import agreement
 from contsp_core.crystals import MAX_ATOMIC_NUMBER, check_settings, reduce_counts, reduce_species
 from contsp_core.csp import candidates
-from contsp_core.csp.figures import draw_crystals
 from contsp_core.csp.metrics import check_limits, run_with_time_limit
-from contsp_core.data import find_checkpoint, one_line, parse_formula, retold
+from contsp_core.data import parse_formula
 from contsp_core.energy import ContinuousCGCNN, portable
 from contsp_core.sampler import of_pattern, sample_structures, training_counts
 
 if TYPE_CHECKING:
     from ase.calculators.calculator import BaseCalculator
-    from matplotlib.figure import Figure
 
 MAX_ATOMS = 200  # of a cell
 PART = 10  # chains of each size that run together, if more than every process has
@@ -50,15 +42,8 @@ N_SIZES = 3  # numbers of formula units that are tried, of those that training c
 ROUND = 8  # chains of each size between two looks at the clock
 CALIBRATED = {"mp20": (2.039, 1.664, -3.693)}  # bundled checkpoint -> parameters of confidence
 N_CALIBRATED = 20  # chains for which they were fitted; fewer agree by chance, more were not tried
-MADE_BY = "candidates.json"
 TOO_CLOSE = f"too close: atoms nearer than {candidates.CLOSEST} of the sum of their covalent radii; they come last"
 UNITS = "energy: learned, per atom, no unit; density: g/cm³; V/atom: Å³; shortest, a, b, c: Å; atoms: in a, b, c"
-WRITTEN = re.compile(
-    r"candidates\.(csv|json|png)|\d{2,}_([A-Z][a-z]?\d*|[()]\d*)+(_symmetrised\.cif|_xrd\.csv|\.(cif|vasp|extxyz))"
-)
-PEAK_WIDTH = 0.2  # standard deviation of a peak of a simulated powder pattern, degrees
-STRETCHES = np.linspace(0.94, 1.06, 49)  # of the lattice, tried when a pattern is compared
-TWO_THETA = (5.0, 90.0)  # degrees, Cu Kα
 
 
 @dataclass(frozen=True)
@@ -203,32 +188,14 @@ def predict(
 
     Text that is no formula, cells that are too large, a library that is missing, and nothing found are a ValueError.
     """
-    config, started = config or PredictConfig(), time.monotonic()
+    config, made = config or PredictConfig(), list[Structure]()
     species, doubted = plan(model, formula, config)
-    if config.source != "chains" and library is None:
-        raise ValueError(f"library is None, expected the training crystals for source {config.source!r}")
-    made: list[Structure] = []
     if config.source != "chains":
-        options = dict[str, Any](model=model, library=library)
-        for found in candidates.make_candidates("templates_relaxed", species, config.n_samples, config.seed, **options):
-            made += _settle(model, [structure for structure in found if structure is not None], "templates")
+        if library is None:
+            raise ValueError(f"library is None, expected the training crystals for source {config.source!r}")
+        made += _from_templates(model, species, config, library)
     if config.source != "templates":
-        on_cpu = next(model.parameters()).device.type == "cpu"
-        work, n_jobs = (
-            delayed(partial(_run, portable(model), species, config)),
-            effective_n_jobs(config.n_jobs if on_cpu else 1),
-        )
-        round_ = config.n_samples if config.minutes is None and stop is None else ROUND
-        for first in range(0, config.n_samples, round_):
-            spent = (time.monotonic() - started) / 60  # another round may end too late
-            late = first and config.minutes is not None and spent * (1 + round_ / first) > config.minutes
-            if late or (stop is not None and stop()):
-                break
-            numbers = np.arange(first, min(first + round_, config.n_samples))
-            parts = [part for part in np.array_split(numbers, max(n_jobs, len(numbers) // PART)) if len(part)]
-            found = Parallel(min(n_jobs, len(parts)), return_as="generator")(work(part) for part in parts)
-            shown = tqdm(found, "sampling", len(parts), disable=None if progress else True)
-            made += itertools.chain.from_iterable(shown)
+        made += _from_chains(model, species, config, progress, stop)
     if not made:
         problem = "was stopped too early" if stop and stop() else "has no template; source 'chains' needs none"
         raise ValueError(f"formula {formula!r} {problem}: nothing was found")
@@ -249,17 +216,34 @@ def predict(
     return Prediction(formula, kept, table, len(made), doubted)
 
 
-def tabulate(groups: list[list[Structure]], n_jobs: int = -1) -> pd.DataFrame:
-    """The table of :func:`describe` with the names of prototypes, and what a calculator said."""
-    table, best = candidates.describe(groups), [group[0] for group in groups]
-    names = run_with_time_limit(prototype, [(structure,) for structure in best], n_jobs, progress=False)
-    table.insert(table.columns.get_loc("space group"), "prototype", [name or "" for name in names])
-    for name in ("calculator_error", "calculator_converged", "calculator_energy"):
-        if any(name in structure.properties for structure in best):
-            table.insert(1, name, [structure.properties.get(name) for structure in best])
-    if any(crowded := [candidates.is_crowded(structure) for structure in best]):
-        table.insert(1, "too close", crowded)
-    return table
+def _from_templates(
+    model: ContinuousCGCNN, species: list[list[int]], config: PredictConfig, library: candidates.TemplateLibrary
+) -> list[Structure]:
+    made, options = list[Structure](), dict[str, Any](model=model, library=library)
+    for found in candidates.make_candidates("templates_relaxed", species, config.n_samples, config.seed, **options):
+        made += _settle(model, [structure for structure in found if structure is not None], "templates")
+    return made
+
+
+def _from_chains(
+    model: ContinuousCGCNN, species: list[list[int]], config: PredictConfig, progress: bool, stop: Callable | None
+) -> list[Structure]:
+    """In rounds, where something may end the search early."""
+    on_cpu, started, made = next(model.parameters()).device.type == "cpu", time.monotonic(), list[Structure]()
+    n_jobs = effective_n_jobs(config.n_jobs if on_cpu else 1)
+    work = delayed(partial(_run, portable(model), species, config))
+    round_ = config.n_samples if config.minutes is None and stop is None else ROUND
+    for first in range(0, config.n_samples, round_):
+        spent = (time.monotonic() - started) / 60  # another round may end too late
+        late = first and config.minutes is not None and spent * (1 + round_ / first) > config.minutes
+        if late or (stop is not None and stop()):
+            break
+        numbers = np.arange(first, min(first + round_, config.n_samples))
+        parts = [part for part in np.array_split(numbers, max(n_jobs, len(numbers) // PART)) if len(part)]
+        found = Parallel(min(n_jobs, len(parts)), return_as="generator")(work(part) for part in parts)
+        shown = tqdm(found, "sampling", len(parts), disable=None if progress else True)
+        made += itertools.chain.from_iterable(shown)
+    return made
 
 
 def _run(
@@ -285,6 +269,19 @@ def _settle(model: ContinuousCGCNN, structures: list[Structure], source: str) ->
     return settled
 
 
+def tabulate(groups: list[list[Structure]], n_jobs: int = -1) -> pd.DataFrame:
+    """The table of :func:`describe` with the names of prototypes, and what a calculator said."""
+    table, best = candidates.describe(groups), [group[0] for group in groups]
+    names = run_with_time_limit(prototype, [(structure,) for structure in best], n_jobs, progress=False)
+    table.insert(table.columns.get_loc("space group"), "prototype", [name or "" for name in names])
+    for name in ("calculator_error", "calculator_converged", "calculator_energy"):
+        if any(name in structure.properties for structure in best):
+            table.insert(1, name, [structure.properties.get(name) for structure in best])
+    if any(crowded := [candidates.is_crowded(structure) for structure in best]):
+        table.insert(1, "too close", crowded)
+    return table
+
+
 @cache
 def _prototypes() -> list[dict[str, Any]]:
     """AFLOW's, as pymatgen has them on disk: it would take seconds to make structures of them all."""
@@ -306,148 +303,6 @@ def prototype(structure: Structure) -> str:
     tags = min(found, key=itemgetter(0))[1]
     known = [tags[name] for name in ("mineral", "strukturbericht", "aflow") if tags[name] not in (None, "", "None")]
     return known[0] if len(known) < 3 else f"{known[0]} ({known[1]})"
-
-
-def powder_pattern(structure: Structure) -> pd.DataFrame:
-    """Peaks of a powder for Cu Kα: columns ``two_theta`` (degrees), ``intensity`` (the highest has 100), ``hkl``.
-
-    Empty where an element has no tabulated scattering power.
-    """
-    from pymatgen.analysis.diffraction.xrd import XRDCalculator  # brings a plotting library, which writes to disk
-
-    rows: list[tuple] = []
-    with suppress(ValueError):
-        pattern = XRDCalculator().get_pattern(structure, two_theta_range=TWO_THETA)
-        planes = [" ".join("".join(map(str, plane["hkl"])) for plane in peak) for peak in pattern.hkls]
-        rows = list(zip(pattern.x, pattern.y, planes))
-    return pd.DataFrame(rows, columns=["two_theta", "intensity", "hkl"])
-
-
-def agreement(structure: Structure, measured: np.ndarray) -> float:
-    """Cosine similarity of a measured powder pattern (n, 2: 2θ in degrees, counts) and the simulated one, 0 … 1.
-
-    The lattice may be stretched by up to 6 %, as predicted lattices are off by some per cent, and the lowest count is
-    taken for the background.
-    """
-    peaks, (angles, counts) = powder_pattern(candidates.standardise(structure)), measured.T
-    sines, heights = np.sin(np.radians(peaks["two_theta"].to_numpy() / 2)), peaks["intensity"].to_numpy()
-    counts, best = (counts - counts.min()) / np.linalg.norm(counts - counts.min()), 0.0
-    for stretch in STRETCHES:
-        centers = 2 * np.degrees(np.arcsin(np.minimum(sines / stretch, 1.0)))
-        simulated = np.exp(-(((angles[:, None] - centers) / PEAK_WIDTH) ** 2) / 2) @ heights
-        best = max(best, float(simulated @ counts) / max(float(np.linalg.norm(simulated)), 1e-12))
-    return best
-
-
-def read_pattern(path: str | Path) -> np.ndarray:
-    """(n, 2) angles and counts from 5° to 90°, of a text file in columns; a ValueError tells of another content."""
-    with retold(f"xrd file {str(path)!r} cannot be read", OSError, ValueError):
-        lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()
-        lines = [line for line in lines if re.match(r"\s*[-+]?\.?\d[-+\d.,eE]*[\s;,]", line)]  # not a header
-        if not any("." in line for line in lines) and any(re.match(r"\s*\d+,\d+[;\s]", line) for line in lines):
-            lines = [line.replace(",", ".") for line in lines]  # 10,02 107
-        if any(re.match(r"\s*[-+\d.eE]+[;\s]+\d+,\d{3}\b", line) for line in lines):
-            raise ValueError("counts with commas for thousands, expected none")
-        rows = [re.split(r"\s*[;,]\s*|\s+", line.strip()) for line in lines]
-        measured = np.array([row[:2] for row in rows], dtype=float).reshape(-1, 2)
-        if rows and all(len(row) > 2 and row[0].isdigit() for row in rows) and (np.diff(measured[:, 0]) == 1).all():
-            raise ValueError("a first column that counts the rows, expected angles")
-        measured = measured[(measured[:, 0] >= TWO_THETA[0]) & (measured[:, 0] <= TWO_THETA[1])]
-        if len(measured) < 10 or not np.isfinite(measured).all() or not np.ptp(measured[:, 1]):
-            raise ValueError("expected ten or more rows of an angle from 5° to 90° and a count, which varies")
-    return measured
-
-
-def identify(checkpoint: str | Path) -> dict[str, Any]:
-    """Name, digest, training data and judge of a checkpoint as it is now: a training may replace it meanwhile."""
-    path, header = find_checkpoint(checkpoint), read_settings(checkpoint)
-    trained_on = {name: header.get(name) for name in ("dataset", "n_structures", "data")}
-    identity = {"checkpoint": path.stem, "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    return identity | {"trained_on": trained_on, "judge": header.get("judge")}
-
-
-def provenance(identity: dict[str, Any], config: PredictConfig, prediction: Prediction) -> dict[str, Any]:
-    """What made a prediction: the checkpoint, of :func:`identify`, settings and program versions."""
-    made = {"formula": prediction.formula} | identity | {"settings": asdict(config)}
-    versions = {name: version(name) for name in ("contsp_core", "torch", "pymatgen", "spglib", "numpy")}
-    return made | {"n_candidates": prediction.n_made, "doubts": prediction.doubts, "versions": versions}
-
-
-def write_prediction(prediction: Prediction, folder: Path, origin: dict[str, Any], overwrite: bool = False) -> Path:
-    """Everything about one formula in ``folder``, which appears whole or not at all.
-
-    ``candidates.csv``, ``.png`` and, for what made them, ``.json``. Of each crystal, by rank: CIF as found (P1) and
-    symmetrised (at 0.1 Å), POSCAR and extended XYZ with energy, checkpoint and seed; the peaks of its powder pattern.
-    What is there already, unless it is an earlier prediction and ``overwrite`` is true, is a FileExistsError.
-    """
-    check_replaceable(folder, overwrite)
-    temporary, old = (folder.with_name(f".{folder.name}-{uuid4().hex}.{ending}") for ending in ("tmp", "old"))
-    temporary.mkdir(parents=True)
-    try:
-        prediction.table.to_csv(temporary / "candidates.csv", float_format="%.6g")
-        (temporary / MADE_BY).write_text(json.dumps(origin, indent=2, default=str) + "\n")
-        for rank, structure in enumerate(prediction.best, start=1):
-            _write_crystal(structure, temporary / f"{rank:02d}_{structure.composition.reduced_formula}", origin)
-        try:  # a picture that fails must not take the crystals with it
-            contact_sheet(prediction).savefig(temporary / "candidates.png", dpi=150, metadata={"Software": None})
-        except Exception as error:
-            warnings.warn(f"{folder} has no candidates.png: {one_line(error)}", stacklevel=2)
-        check_replaceable(folder, overwrite)  # again: another process may have written it meanwhile
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    return folder
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a prediction lies there, and no calculator failed on all of its crystals."""
-    return (folder / MADE_BY).is_file() and '"calculator_failed": true' not in (folder / MADE_BY).read_text()
-
-
-def check_replaceable(folder: Path, overwrite: bool) -> None:
-    """A FileExistsError if there is something of this name that is no earlier prediction, or that must be kept."""
-    if folder.exists() and not overwrite:
-        raise FileExistsError(f"output {str(folder)!r} exists; --resume leaves it out, --overwrite replaces it")
-    if folder.is_symlink() or (folder.exists() and not (folder / MADE_BY).is_file()):
-        raise FileExistsError(f"output {str(folder)!r} has no {MADE_BY}: only an earlier prediction is replaced")
-    if others := [path.name for path in folder.glob("*") if not WRITTEN.fullmatch(path.name)]:
-        raise FileExistsError(f"output {str(folder)!r} has {others[0]!r}, which no prediction made: move it away first")
-
-
-def _write_crystal(structure: Structure, stem: Path, origin: dict[str, Any]) -> None:
-    from ase.io import write  # here: they take a second to load
-    from pymatgen.io.ase import AseAtomsAdaptor
-    from pymatgen.io.vasp.inputs import Poscar
-
-    energy, relaxed = structure.properties["energy"], structure.properties.get("calculator_energy")
-    both: dict[str, Any] = {"calculator_energy_eV_per_atom": relaxed, "learned_energy_before_relaxing": energy}
-    label = {"learned_energy_per_atom": energy} if relaxed is None else both
-    label |= {"checkpoint": origin["checkpoint"], "seed": origin["settings"]["seed"]}
-    comment = ", ".join(f"{name} {value}" for name, value in label.items())
-    symmetric, name = candidates.standardise(structure), structure.composition.reduced_formula
-    with warnings.catch_warnings(action="ignore"):  # of elements without electronegativity
-        writers = {"": CifWriter(structure), "_symmetrised": CifWriter(symmetric)}
-        with suppress(Exception):  # spglib finds no symmetry
-            writers["_symmetrised"] = CifWriter(symmetric, symprec=0.1)
-        for ending, writer in writers.items():
-            stem.with_name(f"{stem.name}{ending}.cif").write_text(f"# {comment}\n{writer}")
-    poscar = Poscar(structure, comment=f"{name}, {comment}", sort_structure=True)
-    poscar.write_file(str(stem.with_suffix(".vasp")))
-    atoms = AseAtomsAdaptor.get_atoms(structure, msonable=False)
-    atoms.info = label
-    write(stem.with_suffix(".extxyz"), atoms, format="extxyz")
-    powder_pattern(symmetric).to_csv(stem.with_name(f"{stem.name}_xrd.csv"), index=False, float_format="%.4f")
-
-
-def contact_sheet(prediction: Prediction, n: int = 10) -> Figure:
-    """The best n crystals side by side in their conventional cells, with polyhedra."""
-    titles = [f"{rank}: {group}" for rank, group in prediction.table["space group"].head(n).items()]
-    return draw_crystals([*map(candidates.standardise, prediction.best[:n])], titles, n_columns=5, polyhedra=True)
 
 
 def confidence(energies: np.ndarray, shares: np.ndarray, parameters: Sequence[float]) -> np.ndarray:

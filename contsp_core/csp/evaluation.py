@@ -233,9 +233,7 @@ def compare_settings(folder: Path, settings: dict[str, Any]) -> None:
     path, settings = folder / SETTINGS, json.loads(json.dumps(settings, default=str))
     if not path.is_file():
         if (folder / SUMMARY).exists() or (folder / TABLE).exists():
-            raise ValueError(
-                f"output_dir {str(folder)!r} has {SUMMARY} or {TABLE}, but no {SETTINGS}: choose another one"
-            )
+            raise ValueError(f"output_dir {str(folder)!r} has results, but no {SETTINGS}: choose another folder")
         with retold(f"output_dir {str(folder)!r} cannot be written", OSError, kind=OSError):
             write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
         return
@@ -299,10 +297,8 @@ def read_samples(
         n_samples: how many samples a crystal should have; by default the largest number found.
         limits: n_jobs, time_limit_s (of one file) and progress, as for :func:`run_with_time_limit`.
 
-    A ValueError tells of a folder that is missing or has no sample of these crystals, and of a name that is no number.
+    A ValueError tells of a folder that has no sample of these crystals, and of a name that is no number.
     """
-    if not Path(folder).is_dir():
-        raise ValueError(f"cif_dir is {str(folder)!r}, expected a folder with <material_id>/<sample number>.cif in it")
     files: dict[tuple[int, int], Path] = {}
     for row, material_id in enumerate(material_ids):
         for path in filter(Path.is_file, sorted(crystal_folder(folder, material_id).glob("*.cif"))):

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.path import Path as Outline
     from pymatgen.core import Structure
 
-
 COLORS = ("#1f6f8b", "#d1603d", "#5a8f3c", "#8a5a9e", "#c99a2e", "#555555")
 STYLE: dict[Any, Any] = {"axes.grid": True, "axes.spines.right": False, "axes.spines.top": False, "axes.titlesize": 10}
 STYLE |= {"figure.constrained_layout.use": True, "figure.dpi": 110, "font.size": 9, "grid.alpha": 0.25}
@@ -259,10 +258,7 @@ def draw_crystals(
 
 
 def save_figure(figure: Figure, path: str | Path, parameters: dict[str, Any]) -> Path:
-    """Write a figure to a path that ends in ``.png`` (folders are made), and beside it as JSON the parameters it has.
-
-    Values that JSON does not know are written as text.
-    """
+    """Write a figure to a path that ends in ``.png`` (folders are made), and its parameters beside it as JSON."""
     path = Path(path)
     if path.suffix != ".png":
         raise ValueError(f"path is {str(path)!r}, expected a name that ends in .png")
