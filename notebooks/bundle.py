@@ -1,13 +1,15 @@
 """Take a trained checkpoint into ``data/checkpoints``, with its losses on validation crystals, its log and its card.
 
 ``python notebooks/bundle.py runs/perov5.safetensors``; the log is thinned to at most 450 rows. With ``--judge NAME``
-its crystals are ranked by another bundled checkpoint.
+its crystals are ranked by another bundled checkpoint; with ``--n-steps N`` its chains have another length than those of
+contrastive divergence in training.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -17,13 +19,16 @@ from model_card import model_card
 
 from contsp_core.checkpoints import load_model, read_settings, save_checkpoint
 from contsp_core.data import CHECKPOINTS, choose, load_split
+from contsp_core.sampler import sampling_config
 
 MADE_ANEW = ("energy", "sampling")  # by saving
 
 
-def bundle(trained: Path, folder: Path = CHECKPOINTS, judge: str | None = None) -> Path:
+def bundle(trained: Path, folder: Path = CHECKPOINTS, judge: str | None = None, n_steps: int | None = None) -> Path:
     """The bundled checkpoint; ``.csv`` and ``.md`` lie beside it."""
     model, header = load_model(trained), read_settings(trained)
+    if n_steps is not None:
+        model.sampling = replace(sampling_config(model), n_steps=n_steps)
     settings = {name: value for name, value in header.items() if name not in MADE_ANEW}
     settings |= {"judge": judge} if judge else {}
     if model.noise_features is not None:
@@ -42,6 +47,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("trained", type=Path, nargs="+")
     parser.add_argument("--judge", help="bundled checkpoint that ranks the crystals (default: each does so itself)")
+    parser.add_argument("--n-steps", type=int, help="of a chain when it samples (default: as in training)")
     options = parser.parse_args(sys.argv[1:])
     for path in options.trained:
-        print(bundle(path, judge=options.judge))
+        print(bundle(path, judge=options.judge, n_steps=options.n_steps))

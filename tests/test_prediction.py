@@ -615,8 +615,9 @@ def test_what_is_wrong_is_told_in_one_line_before_any_work(arguments, message, t
 
 def test_a_checkpoint_is_evaluated(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run(capsys, "evaluate", "prototypes", "--n-structures", "2", "--n-samples", "1", "--n-jobs", "1")
+    done = run(capsys, "evaluate", "prototypes", "--n-structures", "2", "--n-samples", "1", "--n-steps", "9")
     path = tmp_path / "evaluations" / "prototypes_prototypes" / "summary.json"
+    assert json.loads(path.read_text())["settings"]["n_steps"] == 9
     assert "score matching, noise levels: 2 crystals of prototypes/test, 1 samples of each" in done.out
     assert str(path.relative_to(tmp_path)) in done.out
     scores = json.loads(path.read_text())["scores"]
@@ -720,7 +721,7 @@ for line in sys.stdin.read().splitlines():
 def test_a_slip_is_told_before_torch_is_imported(tmp_path):
     lines = ["predcit", "predict --n-smaples 3 TiO2", "predict NaXx", "predict nowhere.csv", "audit nowhere.cif"]
     lines += ["predict --checkpoint nowhere TiO2", "evaluate nowhere", "evaluate mp20 --dataset nowhere"]
-    lines += ["evaluate", "audit --checkpoint nowhere salt.cif"]
+    lines += ["evaluate", "evaluate --cifs . --dataset prototypes --n-steps 9", "audit --checkpoint nowhere salt.cif"]
     ROCK_SALT.to(str(tmp_path / "salt.cif"))
     command = [sys.executable, "-W", "ignore", "-c", SLIPS]
     done = subprocess.run(command, cwd=tmp_path, input="\n".join(lines), capture_output=True, text=True, check=False)

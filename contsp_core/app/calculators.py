@@ -81,10 +81,7 @@ def load_calculator(name: str) -> BaseCalculator:
 
 
 def relax_and_rank(
-    structures: Sequence[Structure],
-    calculator: BaseCalculator,
-    max_steps: int = 200,
-    force_tolerance: float = 0.05,
+    structures: Sequence[Structure], calculator: BaseCalculator, max_steps: int = 200, force_tolerance: float = 0.05
 ) -> list[Structure]:
     """Relax candidates, atoms and cell, with a calculator, and rank them by its energy.
 
