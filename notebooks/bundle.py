@@ -1,8 +1,7 @@
-"""Take a trained checkpoint into ``data/checkpoints``, with its losses on validation crystals, its log and its card.
+"""Take a trained checkpoint into ``data/checkpoints``, with log, card and, for noise levels, validation losses.
 
 ``python notebooks/bundle.py runs/perov5.safetensors``; the log is thinned to at most 450 rows. With ``--judge NAME``
-its crystals are ranked by another bundled checkpoint; with ``--n-steps N`` its chains have another length than those of
-contrastive divergence in training.
+its crystals are ranked by another bundled checkpoint; with ``--n-steps N`` it samples by chains of N energy gradients.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("trained", type=Path, nargs="+")
     parser.add_argument("--judge", help="bundled checkpoint that ranks the crystals (default: each does so itself)")
-    parser.add_argument("--n-steps", type=int, help="of a chain when it samples (default: as in training)")
+    parser.add_argument("--n-steps", type=int, help="of a chain when it samples (default: as the checkpoint says)")
     options = parser.parse_args(sys.argv[1:])
     for path in options.trained:
         print(bundle(path, judge=options.judge, n_steps=options.n_steps))

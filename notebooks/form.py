@@ -62,7 +62,7 @@ def show_form(formula: str = "SrTiO3", checkpoint: str = "mp20") -> None:
             sizes, doubts = plan(energy, text.value, config)
             doubted = "".join(f"<br><b>{doubt}</b>" for doubt in doubts)
             message.value = f"searching {html.escape(text.value)}: {describe_cells(energy, sizes)} …{doubted}"
-            stop.disabled = False
+            stop.disabled = source.value == "templates"  # which are made in one go
             library = None
             if config.source != "chains":
                 library = TemplateLibrary.of_checkpoint(model.value)

@@ -26,11 +26,17 @@ def test_a_checkpoint_is_taken_in_with_all_that_made_it(tmp_path, objective):
     trained = tmp_path / "trained.safetensors"
     run(Job("prototypes", trained, replace(energy, width=8, n_conv=1), config, n_structures=1))
     by_chains = objective == "contrastive_divergence"
-    taken = bundle(trained, tmp_path / "bundled", n_steps=7 if by_chains else None)
+    given = {"n_steps": 7} if by_chains else {"judge": "prototypes"}
+    taken = bundle(trained, tmp_path / "bundled", **given)
     weights, header, before = load_model(taken).state_dict(), read_settings(taken), read_settings(trained)
     assert all(torch.equal(weights[name], value) for name, value in load_model(trained).state_dict().items())
     assert header["training"] == before["training"] and header["training"]["chain"]["n_steps"] == 2
-    assert (header["sampling"]["n_steps"] == 7) if by_chains else ("validation_loss" in header)
+    if by_chains:
+        assert header["sampling"] == before["sampling"] | {"n_steps": 7}
+    else:
+        assert (
+            header["sampling"] == before["sampling"] and header["judge"] == "prototypes" and header["validation_loss"]
+        )
     assert taken.with_suffix(".md").read_text() == model_card(taken) + "\n"
     log = pd.read_csv(taken.with_suffix(".csv"))
     assert log["update"].tolist() == ([0, 1] if by_chains else [*range(0, 451, 2)])

@@ -429,6 +429,10 @@ def test_a_folder_appears_whole_or_not_at_all(prediction, tmp_path, monkeypatch)
         with pytest.raises(FileExistsError, match=f"has '{mine}', which no prediction made: move it away first"):
             write_prediction(prediction, folder, origin, overwrite=True)
         (folder / mine).unlink()
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(FileExistsError, match="link' is a link or has no"):
+        write_prediction(prediction, tmp_path / "link", origin, overwrite=True)
+    (tmp_path / "link").unlink()
     assert list(tmp_path.iterdir()) == [folder]
     with monkeypatch.context() as patch:
         patch.setattr("contsp_core.app.files.contact_sheet", fail)
@@ -446,7 +450,7 @@ def test_a_folder_appears_whole_or_not_at_all(prediction, tmp_path, monkeypatch)
     assert sorted(tmp_path.iterdir()) == [folder, other] and list(other.iterdir()) == []
     foreign = tmp_path / "mine"
     foreign.mkdir()
-    with pytest.raises(FileExistsError, match="only an earlier prediction is replaced"):
+    with pytest.raises(FileExistsError, match="only a prediction is replaced"):
         write_prediction(prediction, foreign, origin, overwrite=True)
     assert foreign.is_dir()
 
@@ -483,7 +487,7 @@ def test_formulas_of_a_file_are_predicted_and_resumed(tmp_path, capsys):
     assert (output / "KBr" / "candidates.csv").is_file()
 
 
-def test_a_calculator_relaxes_ranks_and_may_fail_on_one_crystal(prediction):
+def test_a_calculator_relaxes_ranks_and_may_fail_on_one_crystal(prediction, tmp_path):
     class Springs(Calculator):
         """Volume per atom pulled to 20 Å³; refuses the cell of lowest learned energy."""
 
@@ -500,8 +504,12 @@ def test_a_calculator_relaxes_ranks_and_may_fail_on_one_crystal(prediction):
             self.results = {"energy": n * 0.05 * (volume - 20) ** 2, "forces": np.zeros((n, 3))}
             self.results["stress"] = np.array([pressure] * 3 + [0.0] * 3)
 
-    found = prediction.relaxed(Springs())
+    chances = np.linspace(0.5, 0.1, len(prediction.groups))
+    found = replace(prediction, table=prediction.table.assign(confidence=chances)).relaxed(Springs())
     assert len(found.groups) == len(prediction.groups)
+    known = dict(zip(prediction.table["energy"], chances))
+    assert [known[energy] for energy in found.table["energy"]] == found.table["confidence"].tolist()
+    assert "calculator_energy: eV/atom" in found.summary() and "eV" not in prediction.summary()
     assert "out of range" in found.table["calculator_error"].iloc[-1]
     assert found.best[-1].volume == pytest.approx(prediction.best[0].volume)
     assert found.table["V/atom"].iloc[:-1].tolist() == pytest.approx([20] * (len(found.groups) - 1), abs=0.6)
@@ -510,6 +518,11 @@ def test_a_calculator_relaxes_ranks_and_may_fail_on_one_crystal(prediction):
     assert [group[1:] for group in found.groups] == [tails[crystal.properties["energy"]] for crystal in found.best]
     assert found.table["energy"].tolist() == [crystal.properties["energy"] for crystal in found.best]
     assert all("calculator" not in name for structure in prediction.best for name in structure.properties)
+    folder = write_prediction(found, tmp_path / "NaCl", provenance(identify("prototypes"), QUICK, found))
+    first, *_, last = (path.read_text().partition("\n")[0] for path in sorted(folder.glob("*_NaCl.cif")))
+    assert f"calculator_energy_eV_per_atom {found.table['calculator_energy'].iloc[0]}" in first
+    assert f"learned_energy_before_relaxing {found.table['energy'].iloc[0]}" in first
+    assert f"learned_energy_per_atom {found.table['energy'].iloc[-1]}" in last and "eV" not in last
 
 
 def test_a_number_beyond_the_memory_is_told_in_one_line(tmp_path, monkeypatch):
@@ -593,8 +606,8 @@ def test_a_formula_that_fails_does_not_stop_the_others(tmp_path, capsys):
         (["NaCl", "--output", "sealed"], "sealed' cannot be written: PermissionError"),
         (["NaCl", "--output", "bad.csv"], "bad.csv"),
         (["NaCl", "--output", "full"], "exists; --resume leaves it out, --overwrite replaces it"),
-        (["NaCl", "--output", "full", "--overwrite"], "only an earlier prediction is replaced"),
-        (["NaCl", "--output", "full", "--resume"], "only an earlier prediction is replaced"),
+        (["NaCl", "--output", "full", "--overwrite"], "only a prediction is replaced"),
+        (["NaCl", "--output", "full", "--resume"], "only a prediction is replaced"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line_before_any_work(arguments, message, tmp_path, monkeypatch):
@@ -615,7 +628,8 @@ def test_what_is_wrong_is_told_in_one_line_before_any_work(arguments, message, t
 
 def test_a_checkpoint_is_evaluated(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run(capsys, "evaluate", "prototypes", "--n-structures", "2", "--n-samples", "1", "--n-steps", "9")
+    arguments = ("--n-structures", "2", "--n-samples", "1", "--n-steps", "9", "--n-jobs", "1")
+    done = run(capsys, "evaluate", "prototypes", *arguments)
     path = tmp_path / "evaluations" / "prototypes_prototypes" / "summary.json"
     assert json.loads(path.read_text())["settings"]["n_steps"] == 9
     assert "score matching, noise levels: 2 crystals of prototypes/test, 1 samples of each" in done.out
@@ -721,7 +735,7 @@ for line in sys.stdin.read().splitlines():
 def test_a_slip_is_told_before_torch_is_imported(tmp_path):
     lines = ["predcit", "predict --n-smaples 3 TiO2", "predict NaXx", "predict nowhere.csv", "audit nowhere.cif"]
     lines += ["predict --checkpoint nowhere TiO2", "evaluate nowhere", "evaluate mp20 --dataset nowhere"]
-    lines += ["evaluate", "evaluate --cifs . --dataset prototypes --n-steps 9", "audit --checkpoint nowhere salt.cif"]
+    lines += ["evaluate", "evaluate --cifs . --dataset prototypes --n-steps 0", "audit --checkpoint nowhere salt.cif"]
     ROCK_SALT.to(str(tmp_path / "salt.cif"))
     command = [sys.executable, "-W", "ignore", "-c", SLIPS]
     done = subprocess.run(command, cwd=tmp_path, input="\n".join(lines), capture_output=True, text=True, check=False)

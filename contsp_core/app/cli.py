@@ -19,7 +19,7 @@ from typing import Any
 EXAMPLES = """examples:
   contsp predict SrTiO3                            crystals of one formula, in predictions/SrTiO3/
   contsp predict TiO2 --n-units 2 4 --n-samples 60 longer, in cells of two and four formula units
-  contsp predict formulas.csv --minutes 5          each formula of the column 'formula', at most five minutes each
+  contsp predict formulas.csv --minutes 5          each formula of the column 'formula', chains for five minutes
   contsp evaluate mp20 --n-structures 50           how often a checkpoint finds the test crystals of its data set
   contsp audit crystals/*.cif --calculator ase.calculators.emt:EMT
   contsp train --dataset perov5 --minutes 60       all that follows is for training; contsp train --help
@@ -27,7 +27,7 @@ EXAMPLES = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; a problem ends it with status 1 and one line."""
+    """Run one command; a problem ends it with one line."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     sys.stderr = sys.stderr or io.StringIO()  # closed
     for stream in (sys.stdout, sys.stderr):
@@ -71,9 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--source", default="chains", choices=("chains", "templates", "both"), help="default chains")
     own.add_argument("--n-samples", type=int, default=20, help="of each source and cell size (default 20)")
     own.add_argument("--n-units", type=int, nargs="+", help="formula units in the cell (default: as training crystals)")
-    own.add_argument("--n-steps", type=int, help="of a chain: 100 is fast, 300 thorough (default: the checkpoint's)")
+    own.add_argument("--n-steps", type=int, help="of a chain (default: the checkpoint's; mp20: 300, and 100 is fast)")
     own.add_argument("--n-best", type=int, default=10, help="crystals kept (default 10)")
-    own.add_argument("--minutes", type=float, help="start no more chains after this time, for each formula")
+    own.add_argument("--minutes", type=float, help="start no more chains after so long, for each formula")
     own.add_argument("--seed", type=int, default=0)
     own.add_argument("--n-jobs", type=int, default=-1, help="processes (default: all cores)")
     own.add_argument("--calculator", metavar="MODULE:CLASS", help="ASE calculator to relax and rank them with")
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--output", type=Path, help="default evaluations/<checkpoint or CIF folder>_<dataset>")
     own.add_argument("--n-structures", type=int, help="default: all")
     own.add_argument("--n-samples", type=int, help="default 20; with --cifs, as many as there are")
-    own.add_argument("--n-steps", type=int, help="of a chain (default: the checkpoint's)")
+    own.add_argument("--n-steps", type=int, help="of a chain (default: the checkpoint's); --output must be another one")
     own.add_argument("--seed", type=int, default=0)
     own.add_argument("--n-jobs", type=int, default=-1, help="processes (default: all cores)")
     own = commands.add_parser("audit", help="is an energy invariant and continuous?", **_examples("audit"))
@@ -114,17 +114,17 @@ def predict(
 
     from contsp_core import load_model
     from contsp_core.app import files
-    from contsp_core.app import prediction as app
+    from contsp_core.app import prediction as search
     from contsp_core.app.calculators import load_calculator
     from contsp_core.app.powder import read_pattern
     from contsp_core.csp.candidates import TemplateLibrary
 
     name, pattern, output = options.pop("calculator"), options.pop("xrd"), output.absolute()
     options["n_units"] = options["n_units"] and tuple(options["n_units"])
-    config, model = app.PredictConfig(**options, confidence=app.CALIBRATED.get(checkpoint)), load_model(checkpoint)
-    identity = files.identify(checkpoint)
+    config = search.PredictConfig(**options, confidence=search.CALIBRATED.get(checkpoint))
+    model, identity = load_model(checkpoint), files.identify(checkpoint)
     names = list(dict.fromkeys(Composition(Counter(numbers)).reduced_formula for numbers in given))
-    plans = {formula: app.plan(model, formula, config) for formula in names}
+    plans = {formula: search.plan(model, formula, config) for formula in names}
     calculator = name and load_calculator(name)
     measured = None if pattern is None else read_pattern(pattern)
     for formula in names:
@@ -142,10 +142,10 @@ def predict(
             print(f"{formula}: kept as it is in {output / formula}/", file=sys.stderr)
             continue
         species, doubts = plans[formula]
-        for text in (app.describe_cells(model, species), *(f"warning: {doubt}" for doubt in doubts)):
+        for text in (search.describe_cells(model, species), *(f"warning: {doubt}" for doubt in doubts)):
             print(f"{formula}: {text}", file=sys.stderr)
         try:
-            prediction = app.predict(model, formula, config, library, progress=True)
+            prediction = search.predict(model, formula, config, library, progress=True)
             prediction = prediction.relaxed(calculator, config.n_jobs) if calculator else prediction
             prediction = prediction if measured is None else prediction.compared(measured)
             without = bool(calculator) and "calculator_energy" not in prediction.table
@@ -155,7 +155,7 @@ def predict(
             for doubt in prediction.doubts[len(doubts) :]:
                 print(f"{formula}: warning: {doubt}", file=sys.stderr)
             for reason in dict.fromkeys(filter(None, prediction.table.get("calculator_error", []))):
-                print(f"{formula}: warning: {name} failed on some crystals: {reason}", file=sys.stderr)
+                print(f"{formula}: warning: {name} failed: {reason}", file=sys.stderr)
             if without:
                 raise ValueError(f"{name} failed on all crystals, which are in {folder} as they were found")
         except (ValueError, OSError, RuntimeError) as error:  # the other formulas do not wait for this one
@@ -199,7 +199,7 @@ def evaluate(
 
     if checkpoint is None and (cifs is None or dataset is None):
         raise ValueError("checkpoint is missing, expected one, or --cifs and --dataset")
-    if cifs and options["n_steps"]:
+    if cifs and options["n_steps"] is not None:
         raise ValueError("--n-steps is for the chains of a checkpoint, not for --cifs")
     checkpoint is None or find_checkpoint(checkpoint)
     from contsp_core.checkpoints import read_settings

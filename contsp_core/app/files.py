@@ -52,7 +52,7 @@ def write_prediction(prediction: Prediction, folder: Path, origin: dict[str, Any
     """Everything about one formula in ``folder``, which appears whole or not at all.
 
     ``candidates.csv``, ``.png`` and, for what made them, ``.json``. Of each crystal, by rank: CIF as found (P1) and
-    symmetrised (at 0.1 Å), POSCAR and extended XYZ with energy, checkpoint and seed; the peaks of its powder pattern.
+    symmetrised (at 0.1 Å), POSCAR and extended XYZ, each with energy, checkpoint and seed; peaks of its powder pattern.
     What is there already, unless it is an earlier prediction and ``overwrite`` is true, is a FileExistsError.
     """
     check_replaceable(folder, overwrite)
@@ -89,7 +89,7 @@ def check_replaceable(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not overwrite:
         raise FileExistsError(f"output {str(folder)!r} exists; --resume leaves it out, --overwrite replaces it")
     if folder.is_symlink() or (folder.exists() and not (folder / MADE_BY).is_file()):
-        raise FileExistsError(f"output {str(folder)!r} has no {MADE_BY}: only an earlier prediction is replaced")
+        raise FileExistsError(f"output {str(folder)!r} is a link or has no {MADE_BY}: only a prediction is replaced")
     if others := [path.name for path in folder.glob("*") if not WRITTEN.fullmatch(path.name)]:
         raise FileExistsError(f"output {str(folder)!r} has {others[0]!r}, which no prediction made: move it away first")
 

@@ -48,13 +48,13 @@ UNITS = "energy: learned, per atom, no unit; density: g/cm³; V/atom: Å³; shor
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """What is tried for a formula, and what is kept; checked."""
+    """What is tried for a formula, and what is kept."""
 
     source: Literal["chains", "templates", "both"] = "chains"  # templates: known crystals, elements exchanged
     n_samples: int = 20  # of each source and number of formula units
     n_steps: int | None = None  # of a chain; None: as the checkpoint says
     n_units: tuple[int, ...] | None = None  # of the reduced formula; None: what :func:`choose_units` says
-    minutes: float | None = None  # no further chains are started after this time, nor before a first round is over
+    minutes: float | None = None  # of chains; no further ones are started after it, but for a first round
     n_best: int = 10  # crystals kept
     confidence: tuple[float, float, float] | None = None  # of :func:`confidence`; for cells of one size
     seed: int = 0
@@ -110,7 +110,8 @@ class Prediction:
     def summary(self) -> str:
         """The table for a terminal."""
         text = self.table.drop(columns=["α", "β", "γ", "at 0.01 Å", "at 0.3 Å"]).round(3).to_string()
-        return "\n".join([text, UNITS, *([TOO_CLOSE] if "too close" in self.table else ())])
+        units = UNITS.replace("; ", "; calculator_energy: eV/atom; ", "calculator_energy" in self.table)
+        return "\n".join([text, units, *([TOO_CLOSE] if "too close" in self.table else ())])
 
 
 def plan(model: ContinuousCGCNN, formula: str, config: PredictConfig) -> tuple[list[list[int]], list[str]]:
@@ -197,7 +198,8 @@ def predict(
     if config.source != "templates":
         made += _from_chains(model, species, config, progress, stop)
     if not made:
-        problem = "was stopped too early" if stop and stop() else "has no template; source 'chains' needs none"
+        is_stopped = config.source != "templates" and stop is not None and stop()
+        problem = "was stopped too early" if is_stopped else "has no template; source 'chains' needs none"
         raise ValueError(f"formula {formula!r} {problem}: nothing was found")
     if not (groups := candidates.rank_distinct(made)):
         raise ValueError(f"formula {formula!r}: atoms overlap in all of {len(made)} candidates, expected one without")
@@ -270,7 +272,7 @@ def _settle(model: ContinuousCGCNN, structures: list[Structure], source: str) ->
 
 
 def tabulate(groups: list[list[Structure]], n_jobs: int = -1) -> pd.DataFrame:
-    """The table of :func:`describe` with the names of prototypes, and what a calculator said."""
+    """The table of :func:`candidates.describe` with the names of prototypes, and what a calculator said."""
     table, best = candidates.describe(groups), [group[0] for group in groups]
     names = run_with_time_limit(prototype, [(structure,) for structure in best], n_jobs, progress=False)
     table.insert(table.columns.get_loc("space group"), "prototype", [name or "" for name in names])
