@@ -1,28 +1,32 @@
-"""What each departure from the public code does to the chains of one energy, on validation crystals.
+"""What each departure from the public code does: to the chains of an energy, and to an energy trained with such chains.
 
-``python notebooks/departures.py --checkpoint FILE`` writes ``figures/03_departures_perov5.csv``.
+``python notebooks/departures.py --checkpoint FILE`` runs them for validation crystals and writes
+``figures/03_departures_perov5.csv``; ``--train NAME --n-updates 200 --n-steps 100 --output FILE`` trains with them.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest import mock
 
 import pandas as pd
 import torch
+from joblib import Parallel, delayed
 from samplers import score_samples
 from torch import Tensor
 
 from contsp_core import Crystals, load_model, mala
 from contsp_core.crystals import keyed_rng
 from contsp_core.data import DATASETS, choose, load_split
-from contsp_core.energy import ContinuousCGCNN
+from contsp_core.energy import ContinuousCGCNN, portable
 from contsp_core.lattice import deform
 from contsp_core.mala import AnnealConfig, ChainState, Move, anneal
 from contsp_core.sampler import random_crystals, start_crystals
+from contsp_core.training import Job, preset, run
 
 
 @dataclass(frozen=True)
@@ -34,18 +38,27 @@ class Chains:
     public: bool = False  # whether moves are accepted as the public code does
     again: bool = False  # whether, as a persistent chain does, another one goes on from the end, at a tenth of T
 
+    def moves(self) -> AbstractContextManager:
+        """In which all chains take these steps, those of a training too."""
+        return mock.patch.object(mala, "mala_step", public_step if self.public else mala.mala_step)
 
-STRAIN = AnnealConfig(proposal="strain", measure="invariant", cell_step_ratio=0.04)
+
+INVARIANT = AnnealConfig(measure="invariant")
+STRAIN = AnnealConfig(proposal="strain", cell_step_ratio=0.04)  # a strain of 1 moves a lattice of some Å by as much
+BOTH = replace(STRAIN, measure="invariant")
 DEPARTURES = {
     "the paper's, exact ratio": Chains(),
     "ratio of the public code": Chains(public=True),
+    "invariant measure": Chains(INVARIANT),
     "strain moves": Chains(STRAIN),
+    "strain moves, invariant measure": Chains(BOTH),
     "learned volumes": Chains(start="volumes"),
     "cells of like crystals": Chains(start="cells"),
-    "strain moves, cells of like crystals": Chains(STRAIN, start="cells"),
+    "all three: strain, invariant, cells": Chains(BOTH, start="cells"),
     "persistent: gone on from there": Chains(again=True),
 }
 EVERY_LENGTH = list(DEPARTURES)[:2]  # the others are compared at the paper's 1000 steps
+FAR = 3.0  # volumes that differ from the reference's by more than this factor are counted
 
 
 def public_step(
@@ -54,7 +67,8 @@ def public_step(
     """A Cartesian step that accepts as the public code does: its chain has another law than exp(−E / T).
 
     In both densities of its ratio the drift has the wrong sign, and the way back is taken from the proposed crystal as
-    it was before its cell was reduced.
+    it was before its cell was reduced. Not followed: after atoms were wrapped, that code keeps the cell's gradient of
+    before.
     """
     move = mala.draw_move(state, "cartesian", step, temperature, rng)
     moved, new, sound = mala.try_move(energy, state, move, "cartesian")
@@ -85,9 +99,8 @@ def run_departure(
 ) -> tuple[Crystals, dict[str, float]]:
     """End points; the acceptance rate, its value in the last tenth, and the share of chains that never moved."""
     accepted: list[Tensor] = []
-    step = public_step if chains.public else mala.mala_step
     crystals, config = start.to(torch.float32), replace(chains.config, n_steps=n_steps)
-    with mock.patch.object(mala, "mala_step", step):
+    with chains.moves():
         for begin in (0.0, 1 / 3) if chains.again else (0.0,):
             begins = torch.full((len(crystals),), begin)
             crystals = anneal(
@@ -98,6 +111,15 @@ def run_departure(
     return crystals, row | {"never moved": float((rates.sum(dim=0) == 0).float().mean())}
 
 
+@torch.no_grad()
+def describe_ends(model: ContinuousCGCNN, references: Sequence, crystals: Crystals, n_samples: int) -> dict[str, float]:
+    """Median energy above the reference, and shares of end points that are far too large or far too small."""
+    known = Crystals.from_structures(references)[[i for i in range(len(references)) for _ in range(n_samples)]]
+    above, grown = model(crystals) - model(known), crystals.volume / known.volume
+    shares = {"expanded": grown > FAR, "collapsed": grown < 1 / FAR}
+    return {"energy_median": float(above.median())} | {name: float(far.float().mean()) for name, far in shares.items()}
+
+
 def compare_departures(
     model: ContinuousCGCNN,
     like: ContinuousCGCNN,
@@ -105,41 +127,66 @@ def compare_departures(
     lengths: Sequence[int],
     n_samples: int,
     seed: int = 0,
+    names: Sequence[str] = tuple(DEPARTURES),
 ) -> pd.DataFrame:
-    """A row for each of ``DEPARTURES`` and length of chain."""
+    """A row for each of these departures and lengths of chain, shared by all cores."""
     entries = [tuple(sorted(s.atomic_numbers)) for s in references for _ in range(n_samples)]
     places = [place for _ in references for place in range(n_samples)]
-    rows = []
-    for name, chains in DEPARTURES.items():
-        for n_steps in lengths if name in EVERY_LENGTH else [n for n in lengths if n == 1000] or lengths[-1:]:
-            rng = [keyed_rng(seed, *key) for key in zip(entries, places)]
-            start = start_of(chains, like, entries, places, rng)
-            crystals, row = run_departure(chains, model, start, n_steps, rng)
-            gradients = n_steps * (1 + chains.again)
-            scores = score_samples(model, references, crystals, n_samples)
-            rows.append({"chains": name, "gradients": gradients} | row | scores)
-    return pd.DataFrame(rows)
+    model, like = portable(model), portable(like)
+
+    def row(name: str, n_steps: int) -> dict:
+        torch.set_num_threads(1)
+        rng, chains = [keyed_rng(seed, *key) for key in zip(entries, places)], DEPARTURES[name]
+        start = start_of(chains, like, entries, places, rng)
+        crystals, rates = run_departure(chains, model, start, n_steps, rng)
+        scores = score_samples(model, references, crystals, n_samples)
+        described = describe_ends(model, references, crystals, n_samples)
+        return {"chains": name, "gradients": n_steps * (1 + chains.again)} | rates | described | scores
+
+    one = [n for n in lengths if n == 1000] or lengths[-1:]
+    tasks = [(name, n_steps) for name in names for n_steps in (lengths if name in EVERY_LENGTH else one)]
+    return pd.DataFrame(Parallel(-1)(delayed(row)(*task) for task in tasks))
+
+
+def train(name: str, dataset: str, output: Path, n_updates: int, n_steps: int, seed: int) -> None:
+    """The paper's objective and settings, with chains of another kind, from the paper's start."""
+    energy, config = preset(dataset, "contrastive_divergence")
+    chain = replace(DEPARTURES[name].config, n_steps=n_steps)
+    with DEPARTURES[name].moves():
+        run(Job(dataset, output, energy, replace(config, n_updates=n_updates, chain=chain, seed=seed), resume=True))
 
 
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="perov5", choices=DATASETS)
-    parser.add_argument("--checkpoint", required=True, help="trained by contrastive divergence, without noise levels")
+    parser.add_argument("--checkpoint", nargs="+", help="trained by contrastive divergence, without noise levels")
     parser.add_argument("--like", help="holds learned volumes and cells of like crystals (default: <dataset>)")
+    parser.add_argument("--chains", nargs="+", default=list(DEPARTURES), choices=DEPARTURES, metavar="NAME")
     parser.add_argument("--n-structures", type=int, default=100)
     parser.add_argument("--n-samples", type=int, default=4)
     parser.add_argument("--lengths", type=int, nargs="+", default=[100, 300, 1000, 3000])
+    parser.add_argument("--train", choices=DEPARTURES, metavar="NAME", help="train with such chains instead")
+    parser.add_argument("--n-updates", type=int, default=200, help="of the training")
+    parser.add_argument("--n-steps", type=int, default=100, help="of a chain in the training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="a .csv (default figures/03_departures_<dataset>.csv)")
     options = parser.parse_args()
+    if bool(options.checkpoint) == bool(options.train) or (options.train and not options.output):
+        parser.error("expected --checkpoint, or --train and --output")
+    if options.train:
+        torch.set_num_threads(1)
+        train(options.train, options.dataset, options.output, options.n_updates, options.n_steps, options.seed)
+        return
     output = options.output or Path(__file__).parent.parent / "figures" / f"03_departures_{options.dataset}.csv"
-    torch.set_num_threads(1)
-    model, like = load_model(options.checkpoint), load_model(options.like or options.dataset)
+    like, tables = load_model(options.like or options.dataset), {}
     references = choose(load_split(options.dataset, "val"), options.n_structures, options.seed)
-    table = compare_departures(model, like, references, options.lengths, options.n_samples, options.seed)
-    table.to_csv(output, index=False, float_format="%.4g")
-    print(table.round(3).to_string(index=False))
+    for checkpoint in options.checkpoint:
+        arguments = load_model(checkpoint), like, references, options.lengths, options.n_samples, options.seed
+        tables[Path(checkpoint).stem] = compare_departures(*arguments, options.chains)
+    table = pd.concat(tables, names=["checkpoint"]).droplevel(1)
+    table.to_csv(output, index=len(tables) > 1, float_format="%.4g")
+    print(table.round(3).to_string(index=len(tables) > 1))
 
 
 if __name__ == "__main__":

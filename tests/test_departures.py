@@ -11,13 +11,15 @@ import pandas as pd
 import pytest
 import test_mala
 import torch
-from departures import DEPARTURES, Chains, public_step, run_departure, start_of
+from departures import DEPARTURES, Chains, describe_ends, public_step, run_departure, start_of, train
+from pymatgen.core import Structure
 from scipy import stats
 from test_energy import SMALL
 
 from contsp_core import Crystals, load_model
-from contsp_core.checkpoints import save_checkpoint
+from contsp_core.checkpoints import read_settings, save_checkpoint
 from contsp_core.crystals import keyed_rng
+from contsp_core.data import load_split
 from contsp_core.energy import ContinuousCGCNN
 from contsp_core.mala import AnnealConfig, anneal, mala_init, mala_step
 
@@ -84,6 +86,30 @@ def test_starts_are_the_papers_or_have_learned_volumes_or_cells(small):
     assert volumes["paper"].tolist() != pytest.approx(expected, rel=0.05)
 
 
+def test_end_points_far_too_large_or_too_small_are_counted(small):
+    (salt,) = load_split("prototypes", "train").structures[:1]
+    sizes = [salt.volume * factor for factor in (1, 1.01, 2.9, 1 / 2.9, 3.1, 100, 0.3, 1)]
+    made = [Structure(salt.lattice.scale(volume), salt.species, salt.frac_coords) for volume in sizes]
+    found = describe_ends(small, [salt, salt], Crystals.from_structures(made), 4)
+    assert found["expanded"] == 0.25 and found["collapsed"] == 0.125
+    found = describe_ends(small, [salt, salt], Crystals.from_structures([salt] * 4 + made[4:8]), 4)
+    assert found["energy_median"] == 0
+
+
+def test_a_training_takes_the_steps_and_the_law_that_are_named(tmp_path):
+    weights, rates = {}, {}
+    for name in ("the paper's, exact ratio", "ratio of the public code", "invariant measure"):
+        path = tmp_path / f"{len(weights)}.safetensors"
+        train(name, "prototypes", path, n_updates=1, n_steps=4, seed=0)
+        weights[name], rates[name] = load_model(path).state_dict(), pd.read_csv(path.with_suffix(".csv"))
+        chain = read_settings(path)["training"]["chain"]
+        assert chain["n_steps"] == 4 and chain["measure"] == DEPARTURES[name].config.measure
+    exact, *others = (table["acceptance_rate"].item() for table in rates.values())
+    assert all(abs(rate - exact) > 1e-3 for rate in others)
+    exact, *others = weights.values()
+    assert all(not torch.equal(exact["embedding.weight"], other["embedding.weight"]) for other in others)
+
+
 def test_the_command_writes_a_row_for_each_departure(tmp_path, monkeypatch, small, capsys):
     save_checkpoint(tmp_path / "small.safetensors", small, {})
     arguments = ["--dataset", "prototypes", "--checkpoint", tmp_path / "small.safetensors", "--n-structures", 2]
@@ -92,6 +118,17 @@ def test_the_command_writes_a_row_for_each_departure(tmp_path, monkeypatch, smal
     departures.main()
     table = pd.read_csv(tmp_path / "a.csv")
     assert list(table["chains"].unique()) == list(DEPARTURES) and len(table) == len(DEPARTURES) + 2
-    assert table["gradients"].tolist() == [2, 4, 2, 4, 4, 4, 4, 4, 8]
+    assert table["gradients"].tolist() == [2, 4, 2, 4, 4, 4, 4, 4, 4, 4, 8]
     assert table["acceptance"].between(0, 1).all() and table["match@2"].between(0, 1).all()
     assert "ratio of the public code" in capsys.readouterr().out
+    both = [tmp_path / "small.safetensors", tmp_path / "other.safetensors"]
+    save_checkpoint(both[1], small, {})
+    arguments = [*arguments[:3], *both, *arguments[4:], "--chains", "strain moves"]
+    monkeypatch.setattr(sys, "argv", ["departures.py", *map(str, arguments)])
+    departures.main()
+    first, second = pd.read_csv(tmp_path / "a.csv", index_col="checkpoint").to_dict("records")
+    assert str(first) == str(second) and first["chains"] == "strain moves"
+    monkeypatch.setattr(sys, "argv", ["departures.py", "--train", "strain moves"])
+    with pytest.raises(SystemExit):
+        departures.main()
+    assert "expected --checkpoint, or --train and --output" in capsys.readouterr().err
