@@ -59,7 +59,7 @@ class EnergyConfig:
         return -(-self.width // 3) if self.form == "residual" else 0
 
 
-PRESETS: dict[str, EnergyConfig] = {  # as published
+PRESETS: dict[str, EnergyConfig] = {  # of the paper's public configuration files
     "perov5": EnergyConfig(),
     "mp20": EnergyConfig(),
     "mpts52": EnergyConfig(width=64, n_conv=6, n_fc=4, n_basis=64),
