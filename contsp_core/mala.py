@@ -63,6 +63,10 @@ class AnnealConfig:
         check_settings(self)
 
 
+# the same law in any description, in which volumes do not count by themselves; a strain of 1 moves atoms by some Å
+STRAIN = AnnealConfig(proposal="strain", measure="invariant", cell_step_ratio=0.04)
+
+
 def mala_init(energy: Energy, crystals: Crystals) -> ChainState:
     """Reduce the cells, wrap the atoms and evaluate the energy and its gradients once."""
     return begin(energy, niggli(crystals))

@@ -45,7 +45,7 @@ from contsp_core.data import DATASETS, Split, choose, load_split, retold
 from contsp_core.diffusion import contrast_step, random_noise_levels, score_matching_step
 from contsp_core.energy import NOISE_LEVELS, PRESETS, ContinuousCGCNN, EnergyConfig
 from contsp_core.lattice import niggli_reduce
-from contsp_core.mala import AnnealConfig, anneal
+from contsp_core.mala import STRAIN, AnnealConfig, Proposal, anneal
 from contsp_core.sampler import random_crystals
 
 Objective = Literal["score_matching", "contrastive_divergence"]
@@ -515,6 +515,9 @@ def _parse_arguments(arguments: Sequence[str]) -> Job:
     parser.add_argument("--batch-size", type=int, help="crystals of an update, instead of the preset's")
     parser.add_argument("--learning-rate", type=float, help="its largest value, instead of the preset's")
     parser.add_argument("--n-steps", type=int, help="of the chains of contrastive divergence, instead of the preset's")
+    parser.add_argument(
+        "--moves", choices=get_args(Proposal), help="of these chains: the paper's, cartesian, or strain"
+    )
     parser.add_argument("--n-structures", type=int, help="use only so many training crystals")
     parser.add_argument("--seed", type=int, default=TrainConfig.seed)
     parser.add_argument("--device", default=Job.device, help="cpu, cuda or cuda:<n>; with torchrun, cuda is one each")
@@ -530,10 +533,10 @@ def _parse_arguments(arguments: Sequence[str]) -> Job:
         given = {"n_updates": None, "time_limit_s": 60 * limit} | given
     if options.contrast_weight is not None and not options.negatives:
         raise ValueError("--contrast-weight is for --negatives, which are not given")
-    if options.n_steps is not None:
-        if options.objective != "contrastive_divergence":
-            raise ValueError("--n-steps is for contrastive_divergence: score_matching runs no chains")
-        given["chain"] = replace(config.chain, n_steps=options.n_steps)
+    if (options.n_steps is not None or options.moves) and options.objective != "contrastive_divergence":
+        raise ValueError("--n-steps and --moves are for contrastive_divergence: score_matching runs no chains")
+    chain = STRAIN if options.moves == "strain" else config.chain
+    given["chain"] = chain if options.n_steps is None else replace(chain, n_steps=options.n_steps)
     config = replace(config, **given)
     output = options.output or Path("runs") / f"{options.dataset}.safetensors"
     chosen = ("n_structures", "initial", "negatives", "device", "resume", "overwrite")

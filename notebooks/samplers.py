@@ -22,15 +22,12 @@ from contsp_core.csp.metrics import evaluate_csp
 from contsp_core.data import DATASETS, choose, load_split
 from contsp_core.diffusion import DiffusionConfig
 from contsp_core.energy import ContinuousCGCNN
-from contsp_core.mala import AnnealConfig
+from contsp_core.mala import STRAIN, AnnealConfig
 from contsp_core.sampler import random_crystals, run_chains, start_crystals
 
 SAMPLERS = {  # whether cells are those of like crystals or the paper's, and how chains go on
     "MALA of the paper": (False, AnnealConfig()),
-    "MALA, strain moves, like cells": (
-        True,
-        AnnealConfig(proposal="strain", measure="invariant", cell_step_ratio=0.04),
-    ),
+    "MALA, strain moves, like cells": (True, STRAIN),
     "a level a gradient": (True, DiffusionConfig(n_levels=10_000)),
     "60 levels": (True, DiffusionConfig(n_levels=60, temperature=1.0)),
     "20 levels": (True, DiffusionConfig(n_levels=20, temperature=1.0)),

@@ -35,6 +35,7 @@ from contsp_core.csp.evaluation import (
 from contsp_core.csp.metrics import evaluate_csp
 from contsp_core.data import choose, load_split
 from contsp_core.energy import EnergyConfig
+from contsp_core.mala import STRAIN
 from contsp_core.training import initial_model
 
 SMALL = {"width": 8, "n_conv": 1, "n_basis": 8, "cutoff_multiple": 1.5}
@@ -375,6 +376,8 @@ def test_methods_are_called_what_they_are(checkpoint, training, tmp_path):
     plain = save_checkpoint(tmp_path / "plain.safetensors", model, settings)
     result = evaluate_checkpoint(plain, "prototypes", tmp_path / "mala", QUICK)
     assert result.summary["settings"]["method"] == "contrastive divergence, annealed MALA"
+    model.sampling = STRAIN
+    assert method_label("chains", plain, model) == "contrastive divergence, annealed MALA, strain moves"
 
 
 @pytest.mark.parametrize(("split", "share"), [("train", 1.0), ("test", 0.0)])

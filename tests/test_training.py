@@ -32,7 +32,7 @@ from contsp_core.data import load_split, write_whole
 from contsp_core.diffusion import random_noise_levels, score_matching_step
 from contsp_core.energy import NOISE_LEVELS, PRESETS, EnergyConfig
 from contsp_core.lattice import niggli
-from contsp_core.mala import AnnealConfig
+from contsp_core.mala import STRAIN, AnnealConfig
 from contsp_core.training import (
     OBJECTIVES,
     PAPER,
@@ -344,6 +344,10 @@ def test_presets_defaults_and_command_line_agree(monkeypatch, tmp_path):
     main(["--dataset", "mp20", "--objective", "contrastive_divergence", "--n-steps", "100"])
     published = preset("mp20", "contrastive_divergence")[1]
     assert jobs[2].config == replace(published, chain=replace(published.chain, n_steps=100))
+    for steps, chain in (([], STRAIN), (["--n-steps", "9"], replace(STRAIN, n_steps=9))):
+        main(["--dataset", "mp20", "--objective", "contrastive_divergence", "--moves", "strain", *steps])
+        assert jobs.pop().config == replace(published, chain=chain)
+    assert (STRAIN.proposal, STRAIN.measure, STRAIN.n_steps) == ("strain", "invariant", 1000)
     main(["--dataset", "mp20", "--initial", "mp20", "--negatives", "a.npz", "b.npz", "--contrast-weight", "2"])
     assert (jobs[3].initial, jobs[3].negatives) == ("mp20", ["a.npz", "b.npz"])
     assert jobs[3].config == replace(preset("mp20")[1], contrast_weight=2.0)
@@ -775,7 +779,8 @@ def test_a_damaged_state_is_refused(tmp_path, damage):
         (["--n-updates", "0"], "n_updates is 0, expected"),
         (["--n-updates", "-5"], "n_updates is -5, expected"),
         (["--contrast-weight", "2"], "--contrast-weight is for --negatives"),
-        (["--n-steps", "10"], "--n-steps is for contrastive_divergence"),
+        (["--n-steps", "10"], "--n-steps and --moves are for contrastive_divergence"),
+        (["--moves", "strain"], "--n-steps and --moves are for contrastive_divergence"),
         (["--n-steps", "0", "--objective", "contrastive_divergence"], "n_steps is 0, expected"),
         (["--n-structures", "0"], "n_structures is 0, expected"),
         (["--seed", "-1"], "seed is -1, expected"),

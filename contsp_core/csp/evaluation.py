@@ -29,7 +29,6 @@ from contsp_core.crystals import check_settings, reduce_counts
 from contsp_core.csp.candidates import N_STEPS, SOURCES, WITHOUT_MODEL, TemplateLibrary, make_candidates, with_energies
 from contsp_core.csp.metrics import LISTS, check_limits, evaluate_csp, run_with_time_limit, spread
 from contsp_core.data import choose, find_checkpoint, load_split, parse_cifs, retold, write_whole
-from contsp_core.diffusion import DiffusionConfig
 from contsp_core.energy import ContinuousCGCNN, portable
 from contsp_core.sampler import sampling_config, training_counts
 
@@ -42,6 +41,7 @@ ENERGIES = "energies.json"  # {file name: energy or null}; written last: names t
 SETTINGS, SUMMARY, TABLE = "settings.json", "summary.json", "per_crystal.csv"
 N_SAMPLES = 20
 OBJECTIVES = {"score_matching": "score matching", "contrastive_divergence": "contrastive divergence"}
+SAMPLERS = {None: "noise levels", "cartesian": "annealed MALA", "strain": "annealed MALA, strain moves"}
 # labels of sources; that of "chains" depends on the model
 METHODS = {"start": "the sampler's start, no gradient", "start_descended": "the sampler's start, energy descent"}
 METHODS |= {"templates": "element substitution", "templates_relaxed": "element substitution, short chains"}
@@ -154,7 +154,7 @@ def method_label(source: str, checkpoint: str | Path | None, model: ContinuousCG
         return METHODS[source]
     header = read_settings(checkpoint)
     objective = OBJECTIVES.get((header.get("training") or {}).get("objective", ""), "unknown objective")
-    sampler = "noise levels" if isinstance(sampling_config(model), DiffusionConfig) else "annealed MALA"
+    sampler = SAMPLERS[getattr(sampling_config(model), "proposal", None)]
     return f"{objective}{' and negatives' if header.get('negatives') else ''}, {sampler}"
 
 
