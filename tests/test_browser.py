@@ -159,7 +159,9 @@ def test_the_predicted_crystal_is_drawn_turns_and_has_labels(lab, browser):
     assert np.abs(after - before).mean() > 5
     oxygen = np.argwhere((after[..., 0] > 200) & (after[..., 1:] < 60).all(axis=2))
     labels = ""
-    for row, column in oxygen[:: len(oxygen) // 8] - np.array(after.shape[:2]) // 2:
+    hull = np.argwhere((after[..., :3] > 195).all(axis=2) & (after[..., :3] < 240).all(axis=2))
+    places = np.concatenate([oxygen[:: len(oxygen) // 8], hull[:: len(hull) // 8]])
+    for row, column in places - np.array(after.shape[:2]) // 2:
         ActionChains(browser).move_to_element_with_offset(canvas, int(column), int(row)).pause(1).perform()
         labels += browser.page_source  # of an atom, or of the polyhedron in front of it
     assert re.search(r">O \(atom \d\)<", labels)

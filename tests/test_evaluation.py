@@ -121,7 +121,7 @@ def test_a_file_that_takes_too_long_is_as_good_as_missing(tmp_path, monkeypatch)
         ("x/best.cif", "no number"),
         ("x/99999999999.cif", "no number < 100000"),
         ("x/1.txt", "has no <material_id>"),
-        (None, "expected a folder"),
+        (None, "has no <material_id>"),
     ],
 )
 def test_wrong_folders_are_named_in_one_line(tmp_path, name, message):
@@ -335,7 +335,7 @@ def test_a_folder_of_perfect_cifs_scores_perfectly_and_missing_files_count(check
     assert not (tmp_path / "nothing").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "summary.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"mine' has summary\.json or per_crystal\.csv, but no settings\.json"):
+    with pytest.raises(ValueError, match=r"mine' has results, but no settings\.json"):
         evaluate_cifs(tmp_path / "peer", "prototypes", tmp_path / "mine", settings, checkpoint)
     rows = pd.read_csv(tmp_path / "scores" / "per_crystal.csv")["rms"]
     assert [json.loads(row, parse_constant=pytest.fail) for row in rows].count([None]) == 1  # NaN is no JSON
