@@ -132,3 +132,7 @@ def test_the_command_writes_a_row_for_each_departure(tmp_path, monkeypatch, smal
     with pytest.raises(SystemExit):
         departures.main()
     assert "expected --checkpoint, or --train and --output" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["departures.py", "--train", "learned volumes", "--output", "x.safetensors"])
+    with pytest.raises(SystemExit):
+        departures.main()
+    assert "invalid choice: 'learned volumes'" in capsys.readouterr().err  # a training starts as the paper's

@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--output", type=Path, help="default evaluations/<checkpoint or CIF folder>_<dataset>")
     own.add_argument("--n-structures", type=int, help="default: all")
     own.add_argument("--n-samples", type=int, help="default 20; with --cifs, as many as there are")
-    own.add_argument("--n-steps", type=int, help="of a chain (default: the checkpoint's); --output must be another one")
+    own.add_argument("--n-steps", type=int, help="of a chain (default: the checkpoint's)")
     own.add_argument("--seed", type=int, default=0)
     own.add_argument("--n-jobs", type=int, default=-1, help="processes (default: all cores)")
     own = commands.add_parser("audit", help="is an energy invariant and continuous?", **_examples("audit"))

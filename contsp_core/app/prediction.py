@@ -110,7 +110,7 @@ class Prediction:
     def summary(self) -> str:
         """The table for a terminal."""
         text = self.table.drop(columns=["α", "β", "γ", "at 0.01 Å", "at 0.3 Å"]).round(3).to_string()
-        units = UNITS.replace("; ", "; calculator_energy: eV/atom; ", "calculator_energy" in self.table)
+        units = UNITS + ("; calculator_energy: eV/atom" if "calculator_energy" in self.table else "")
         return "\n".join([text, units, *([TOO_CLOSE] if "too close" in self.table else ())])
 
 
