@@ -209,11 +209,13 @@ def _parse(cif: str) -> Crystals | str:
     import torch
     from pymatgen.io.cif import CifParser
 
+    cif = cif[max(0, cif.rfind("\ndata_", 0, cif.find("_atom_site_"))) :]  # the first block that has atoms
     try:  # pymatgen raises many kinds, and warns of each coordinate it rounds to a fraction
         with retold("malformed CIF", Exception), warnings.catch_warnings(action="ignore"):
             parser = CifParser(io.StringIO(cif))
             structure = parser.parse_structures(primitive=False, on_error="raise")[0]
-            if failure := parser.check(structure):
+            failure = parser.check(structure)
+            if failure and not failure.startswith("Cannot determine"):  # it has no formula to compare with
                 raise ValueError(failure)
         return contsp_core.Crystals.from_structures([structure], torch.float64)
     except ValueError as error:
@@ -326,6 +328,7 @@ def parse_formula(text: str) -> list[int]:
     from pymatgen.core import Composition, Element
 
     known = {symbol for symbol, element in Element.__members__.items() if element.Z <= MAX_ATOMIC_NUMBER}
+    known -= {"D", "T"}  # pymatgen has them, but TIO2 should not be a hydride
     text = unicodedata.normalize("NFKC", text) if isinstance(text, str) else text  # SrTiO₃
     symbols = re.findall("[A-Z][a-z]*", str(text).replace("@", ""))
     unknown = [symbol for symbol in symbols if symbol not in known]
@@ -366,8 +369,8 @@ def choose(items: Sequence[Any], n: int | None, seed: int = 0) -> list[Any]:
     return [items[index] for index in sorted(order.tolist())]
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file so that it appears complete or not at all, also when the power fails; ``write`` is given it open."""
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any], replace: bool = True) -> None:
+    """Write a file, complete or not at all even if the power fails; without ``replace`` one that exists is an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}-{uuid4().hex}.tmp")
     try:
@@ -375,7 +378,12 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            (Path.replace if replace else os.link)(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)

@@ -2,9 +2,9 @@
 
 A crystal at noise level σ (Å) has its atoms displaced by δ ~ N(0, σ²) and is then strained by exp(ε), with ε symmetric
 Gaussian of width min(κσ, cap). An energy at that level is fitted so that exp(−N E(U, σ)) is the density of noisy
-crystals with respect to |det L|⁻³ dL d(frac), the measure that no choice of description changes: its temperature is
-1/N, since E is an energy per atom. Training needs no chains. Sources: Vincent, Neural Computation 23 (2011) 1661; Song
-& Ermon (arXiv 1907.05600); finite differences instead of second derivatives, Pang et al. (arXiv 2007.03317).
+crystals with respect to |det L|⁻³ dL d(frac), the measure that no choice of basis or orientation changes: its
+temperature is 1/N, since E is an energy per atom. Training needs no chains. Sources: Vincent, Neural Computation 23
+(2011) 1661; Song & Ermon (arXiv 1907.05600); finite differences, Pang et al. (arXiv 2007.03317).
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class EnergyConfig:
     form: Literal["paper", "residual"] = "paper"  # of update and read-out
     noise_min: float | None = None  # Å; given for an energy trained at many noise levels σ
     noise_max: float | None = None
-    noise_default: float = 0.15  # Å; where the energy is read unless another level is asked for: it judges best there
+    noise_default: float = 0.15  # Å; where the energy is read unless another level is asked for
     strain_noise: float = 0.1  # κ, Å⁻¹: at noise level σ the cell is strained by a Gaussian of width min(κσ, cap)
     strain_cap: float = 1.0
     n_start_cells: int = 1  # training crystals whose cells chains may start from; training sets it to all

@@ -215,7 +215,7 @@ def audit(
     function, rng = as_energy(energy), torch.Generator().manual_seed(seed)
     larger, rows = enlarge(crystals), []
     floor = MARGIN * rounding_noise(function, crystals, rng)
-    with tqdm(total=len(crystals) * len(checks), unit="check", disable=not progress) as bar:
+    with tqdm(total=len(crystals) * len(checks), unit="check", disable=None if progress else True) as bar:
         for name in checks:
             if name in PROBES:
                 path = PROBES[name](larger, graph_cutoff(energy, larger, cutoff), n_neighbors, rng)
@@ -260,7 +260,8 @@ def as_energy(energy: Energy | Calculator) -> Energy:
 def graph_cutoff(energy: Energy | Calculator, crystals: Crystals, cutoff: float | None = None) -> Tensor:
     """(n_systems,) radius at which an energy cuts its graph, Å: the one given, else as :func:`audit` says."""
     if cutoff is None and isinstance(settings := getattr(energy, "parameters", None), dict):  # of a calculator
-        cutoff = settings.get("rc") or settings.get("cutoff")
+        known = (settings.get(name) for name in ("rc", "cutoff"))
+        cutoff = next((value for value in known if isinstance(value, int | float) and value > 0), None)
     if cutoff is None:
         return getattr(energy, "cutoff_radius", cutoff_radius)(crystals)
     return torch.full_like(crystals.volume, float(cutoff))

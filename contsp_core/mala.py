@@ -27,7 +27,7 @@ from contsp_core.energy import energy_and_gradient
 from contsp_core.lattice import apply_strain, niggli
 
 MIN_ATOMIC_VOLUME = 1e-2  # Å³; the law is restricted to larger volumes per atom,
-MAX_LENGTH = 30.0  # and to lattices whose longest reduced vector is shorter, in units of V^{1/3} (in data sets ≤ 5.5)
+MAX_LENGTH = 30.0  # and to lattices whose longest reduced vector is shorter, in units of V^{1/3} (in data sets ≤ 5.7)
 
 Energy = Callable[[Crystals], Tensor]
 Proposal = Literal["cartesian", "strain"]
@@ -43,7 +43,7 @@ class ChainState:
     grad_strain: Tensor  # (n_systems, 3, 3) ∂E/∂ε of L exp(ε) at fixed fractional coordinates, for any description
     grad_positions: Tensor  # (n_atoms_total, 3) ∂E/∂X, Å⁻¹
     accepted: Tensor  # (n_systems,) bool, whether the last proposal was accepted
-    n_nonfinite: Tensor  # (n_systems,) proposals so far rejected for a flat cell, or a non-finite energy or gradient
+    n_nonfinite: Tensor  # (n_systems,) proposals so far rejected for a cell beyond these limits, or a non-finite energy
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class AnnealConfig:
         check_settings(self)
 
 
-# the same law in any description, in which volumes do not count by themselves; a strain of 1 moves atoms by some Å
+# one law for any basis and orientation, in which volumes do not count by themselves; a strain of 1 moves atoms by Å
 STRAIN = AnnealConfig(proposal="strain", measure="invariant", cell_step_ratio=0.04)
 
 
@@ -87,12 +87,12 @@ def mala_step(
     proposal: Proposal = "cartesian",
     measure: Measure = "cartesian",
 ) -> ChainState:
-    """One Metropolis-adjusted Langevin step of every chain; what is flat or not finite is rejected, and counted.
+    """One Metropolis-adjusted Langevin step of each chain; what is beyond limits or not finite is rejected and counted.
 
     ``step`` (n_systems, 2) is η of the cell (Å² or, for strain, dimensionless) and of the positions (Å²), and
     ``temperature`` (n_systems,) is T: chains at different stages may share a batch. ``rng``, on the CPU, is one
     generator, or one a chain. ``measure`` is the base measure of the target exp(−E / T): ``cartesian`` is dL dX (the
-    paper's), ``invariant`` is |det L|⁻³ dL d(frac), which no choice of description changes.
+    paper's), ``invariant`` is |det L|⁻³ dL d(frac), which no choice of basis or orientation changes.
     """
     if measure not in get_args(Measure):
         raise ValueError(f"measure is {measure!r}, expected one of {', '.join(get_args(Measure))}")

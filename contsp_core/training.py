@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -374,7 +375,8 @@ def _begin(job: Job) -> tuple[TrainState, Crystals, list[Crystals]]:
     data = {"path": Path(split.source.path).name, "blob_id": split.source.blob_id}
     origin = {"dataset": job.dataset, "data": data, "n_structures": len(crystals)}
     origin |= {"initial": job.initial and Path(job.initial).name}
-    origin |= {"negatives": [Path(path).name for path in job.negatives] or None}
+    found_in = [(Path(path).name, hashlib.sha256(Path(path).read_bytes()).hexdigest()) for path in job.negatives]
+    origin |= {"negatives": [f"{name} {digest[:12]}" for name, digest in found_in] or None}
     return TrainState(model.to(job.device), job.config, origin), crystals, found
 
 
@@ -515,9 +517,7 @@ def _parse_arguments(arguments: Sequence[str]) -> Job:
     parser.add_argument("--batch-size", type=int, help="crystals of an update, instead of the preset's")
     parser.add_argument("--learning-rate", type=float, help="its largest value, instead of the preset's")
     parser.add_argument("--n-steps", type=int, help="of the chains of contrastive divergence, instead of the preset's")
-    parser.add_argument(
-        "--moves", choices=get_args(Proposal), help="of these chains: the paper's, cartesian, or strain"
-    )
+    parser.add_argument("--moves", choices=get_args(Proposal), help="the paper's, or strain, in the invariant measure")
     parser.add_argument("--n-structures", type=int, help="use only so many training crystals")
     parser.add_argument("--seed", type=int, default=TrainConfig.seed)
     parser.add_argument("--device", default=Job.device, help="cpu, cuda or cuda:<n>; with torchrun, cuda is one each")

@@ -17,6 +17,7 @@ from unittest import mock
 
 import pandas as pd
 import torch
+from parameters import output_file
 from samplers import draw, score_samples
 
 from contsp_core.crystals import Crystals, keyed_rng
@@ -110,7 +111,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=4.0, help="processor time of each variant")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=tuple(VARIANTS), metavar="NAME")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="a .csv (default figures/03_ablation_<dataset>.csv)")
+    parser.add_argument("--output", type=output_file(".csv"), help="a .csv (default figures/03_ablation_<dataset>.csv)")
     options = parser.parse_args()
     output = options.output or Path(__file__).parent.parent / "figures" / f"03_ablation_{options.dataset}.csv"
     torch.set_num_threads(1)

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from cgcnn import CGCNN
 from matplotlib.figure import Figure
+from parameters import output_file
 
 from contsp_core import Crystals, load_model
 from contsp_core.app.calculators import load_calculator
@@ -91,7 +92,9 @@ def main() -> None:
     parser.add_argument("--max-atoms", type=int, default=8, help="in a crystal")
     parser.add_argument("--n-scale", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "figures" / "01_audit_others.csv")
+    parser.add_argument(
+        "--output", type=output_file(".csv"), default=Path(__file__).parent.parent / "figures" / "01_audit_others.csv"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     small = [s for s in load_split(options.dataset, "test").structures if len(s) <= options.max_atoms]

@@ -16,6 +16,7 @@ from unittest import mock
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
+from parameters import output_file
 from samplers import score_samples
 from torch import Tensor
 
@@ -151,7 +152,7 @@ def train(name: str, dataset: str, output: Path, n_updates: int, n_steps: int, s
     energy, config = preset(dataset, "contrastive_divergence")
     chain = replace(DEPARTURES[name].config, n_steps=n_steps)
     with DEPARTURES[name].moves():
-        run(Job(dataset, output, energy, replace(config, n_updates=n_updates, chain=chain, seed=seed), resume=True))
+        run(Job(dataset, output, energy, replace(config, n_updates=n_updates, chain=chain, seed=seed)))
 
 
 def main() -> None:
@@ -168,7 +169,11 @@ def main() -> None:
     parser.add_argument("--n-updates", type=int, default=200, help="of the training")
     parser.add_argument("--n-steps", type=int, default=100, help="of a chain in the training")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="a .csv (default figures/03_departures_<dataset>.csv)")
+    parser.add_argument(
+        "--output",
+        type=output_file(".csv", ".safetensors"),
+        help="a .csv (default figures/03_departures_<dataset>.csv)",
+    )
     options = parser.parse_args()
     if bool(options.checkpoint) == bool(options.train) or (options.train and not options.output):
         parser.error("expected --checkpoint, or --train and --output")

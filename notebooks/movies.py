@@ -197,7 +197,7 @@ def write_slider(frames: Sequence[Frame], path: str | Path) -> Path:
         {"step": f.step, "energy": f.energy, "level": f.level, "acceptance": f.acceptance} for f in frames
     ]
     formula, group = last.structure.composition.reduced_formula, space_group(last.structure)
-    title = f"{formula} from a random start to {group}"
+    title = f"{formula}: from atoms anywhere to {group}"
     heading = title.replace(formula, re.sub(r"(\d+)", r"<sub>\1</sub>", formula))
     heading = re.sub(r"_(\d)", r"<sub>\1</sub>", heading)
     film = {"title": title, "level": last.level_name}

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from parameters import output_file
 from pymatgen.core import Structure
 
 from contsp_core import Crystals, load_model
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--n-structures", type=int, nargs="+", help="one number for each data set")
     parser.add_argument("--n-steps", type=int, default=200, help="energy gradients for each crystal")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="a .csv (default figures/05_nearest_minimum.csv)")
+    parser.add_argument("--output", type=output_file(".csv"), help="a .csv (default figures/05_nearest_minimum.csv)")
     options = parser.parse_args()
     checkpoints = options.checkpoint or options.dataset
     counts = options.n_structures or [N_STRUCTURES.get(name, 200) for name in options.dataset]

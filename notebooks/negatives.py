@@ -13,10 +13,10 @@ import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 import torch
+from parameters import output_file
 from tqdm import tqdm
 
 from contsp_core import Crystals, load_model
@@ -74,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--dataset", required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=output_file(".npz"), required=True)
     parser.add_argument("--source", default="chains", choices=("chains", "templates"))
     parser.add_argument("--n-steps", type=int, help="energy gradients (default: a whole chain; of a template, none)")
     parser.add_argument("--n-jobs", type=int, default=-1)

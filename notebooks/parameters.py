@@ -8,20 +8,20 @@ papermill only warns about a parameter that the notebook does not have, and take
     parameters = check_parameters(globals(), "dataset", "seed", "n_steps", "output_dir")
 
 and any other parameter of the notebook is declared with what it allows: ``device=("cpu", "cuda")``, ``cutoff=float``.
-Files are written below ``output_folder(output_dir)``.
+Files are written below ``output_folder(output_dir)``; scripts take the name of theirs as :func:`output_file` checks it.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from contsp_core.data import DATA_DIR, DATASETS, retold
+from contsp_core.data import CHECKPOINTS, DATASETS, retold
 
-CHECKPOINTS = DATA_DIR / "checkpoints"
 INJECTED = "# Parameters\n"  # first line of the cell that papermill adds
 
 Rule = type | tuple[Any, ...] | Callable[[Any], str | None]
@@ -137,6 +137,20 @@ def check_parameters(namespace: Mapping[str, Any], *names: str, **rules: Rule) -
         if expected:
             raise ValueError(f"{name}={namespace[name]!r}, expected {expected}")
     return {name: namespace[name] for name in known}
+
+
+def output_file(*suffixes: str) -> Callable[[str], Path]:
+    """Of an option of argparse: a name that ends so, whose folder is made before the work that ends in the file."""
+
+    def check(text: str) -> Path:
+        path = Path(text)
+        if path.suffix not in suffixes or path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text!r}, expected a name that ends in {' or '.join(suffixes)}")
+        with retold(f"folder of {text!r} cannot be made", OSError, kind=argparse.ArgumentTypeError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    return check
 
 
 def output_folder(output_dir: str | Path) -> Path:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from parameters import output_file
 from pymatgen.core import Structure
 
-from contsp_core.csp.evaluation import SETTINGS, read_samples
+from contsp_core.csp.evaluation import ENERGIES, SETTINGS, read_samples
 from contsp_core.csp.metrics import CRITERIA, bootstrap_interval, evaluate_csp, matching_rms
 from contsp_core.data import SPLITS, load_split, retold
 
@@ -68,12 +69,14 @@ def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="made by evaluate_checkpoint")
-    parser.add_argument("--output", type=Path, help="a .csv (default figures/04_polymorphs_<data set>.csv)")
+    parser.add_argument(
+        "--output", type=output_file(".csv"), help="a .csv (default figures/04_polymorphs_<data set>.csv)"
+    )
     options = parser.parse_args()
     with retold(f"folder {str(options.folder)!r} holds no evaluation", OSError, ValueError, KeyError):
         settings = json.loads((options.folder / SETTINGS).read_text(encoding="utf-8"))
         dataset, split = settings["dataset"], load_split(settings["dataset"], settings["split"])
-    found = [row for row, name in enumerate(split.material_ids) if (options.folder / name).is_dir()]
+    found = [row for row, name in enumerate(split.material_ids) if (options.folder / name / ENERGIES).is_file()]
     chosen = split.select(found)
     known = [structure for name in SPLITS for structure in load_split(dataset, name)]
     samples = read_samples(options.folder, chosen.material_ids, settings["n_samples"])

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from parameters import output_file
 from pymatgen.core import Structure
 from scipy.optimize import minimize
 
@@ -146,7 +147,9 @@ def main() -> None:
     parser.add_argument("--n-structures", type=int, default=150)
     parser.add_argument("--n-samples", type=int, default=20)
     parser.add_argument("--samples", type=Path, help="folder of the samples (default runs/ranking_<dataset>)")
-    parser.add_argument("--output", type=Path, help="a .csv (default figures/04_confidence_<dataset>.csv)")
+    parser.add_argument(
+        "--output", type=output_file(".csv"), help="a .csv (default figures/04_confidence_<dataset>.csv)"
+    )
     options = parser.parse_args()
     name = options.dataset if options.source == "chains" else f"{options.dataset}_{options.source}"
     output = options.output or Path(__file__).parent.parent / "figures" / f"04_confidence_{name}.csv"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from parameters import output_file
 
 from contsp_core import Crystals, load_model
 from contsp_core.crystals import keyed_rng
@@ -33,7 +34,7 @@ SAMPLERS = {  # whether cells are those of like crystals or the paper's, and how
     "20 levels": (True, DiffusionConfig(n_levels=20, temperature=1.0)),
     "20 levels, T = 0.5": (True, DiffusionConfig(n_levels=20, temperature=0.5)),
 }
-SCORES = {  # columns of the table and scores of one sample, the mean over all
+SCORES = {  # columns of the table and their scores: rates of one sample, the mean over all; RMSE of the first ones
     "match@1": "match_rate_random@1",
     "strict@1": "match_rate_strict_random@1",
     "good@1": "match_rate_good_random@1",
@@ -105,11 +106,13 @@ def main() -> None:
     parser.add_argument("--n-samples", type=int, default=4)
     parser.add_argument("--gradients", type=int, nargs="+", default=[100, 300, 1000])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="a .csv (default figures/07_samplers_<dataset>.csv)")
+    parser.add_argument("--output", type=output_file(".csv"), help="a .csv (default figures/07_samplers_<dataset>.csv)")
     options = parser.parse_args()
     output = options.output or Path(__file__).parent.parent / "figures" / f"07_samplers_{options.dataset}.csv"
     torch.set_num_threads(1)
     model = load_model(options.checkpoint or options.dataset)
+    if model.noise_features is None:
+        parser.error(f"--checkpoint is {options.checkpoint!r}, expected an energy with noise levels, such as 'perov5'")
     references = choose(load_split(options.dataset, "val"), options.n_structures, options.seed)
     table = compare_samplers(model, references, options.gradients, options.n_samples, options.seed)
     table.to_csv(output, index=False, float_format="%.4g")

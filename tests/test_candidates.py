@@ -20,7 +20,6 @@ from contsp_core.csp.candidates import (
     TemplateLibrary,
     descend,
     describe,
-    element_distances,
     is_crowded,
     make_candidates,
     rank_distinct,
@@ -32,7 +31,7 @@ from contsp_core.csp.candidates import (
 from contsp_core.csp.metrics import score_pair
 from contsp_core.data import load_split
 from contsp_core.energy import EnergyConfig
-from contsp_core.sampler import run_chains, sampling_config
+from contsp_core.sampler import element_distances, run_chains, sampling_config
 
 BA, SR, TI, ZR, S, NA, CL, K, BR, OXYGEN = 56, 38, 22, 40, 16, 11, 17, 19, 35, 8
 ROCK_SALT = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])

@@ -106,6 +106,8 @@ def test_a_training_takes_the_steps_and_the_law_that_are_named(tmp_path):
         assert chain["n_steps"] == 4 and chain["measure"] == DEPARTURES[name].config.measure
     exact, *others = (table["acceptance_rate"].item() for table in rates.values())
     assert all(abs(rate - exact) > 1e-3 for rate in others)
+    with pytest.raises(ValueError, match="exists"):  # which would not say that its steps were others
+        train("ratio of the public code", "prototypes", tmp_path / "0.safetensors", n_updates=2, n_steps=4, seed=0)
     exact, *others = weights.values()
     assert all(not torch.equal(exact["embedding.weight"], other["embedding.weight"]) for other in others)
 

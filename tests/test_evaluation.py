@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import deque
@@ -94,7 +96,8 @@ def test_files_of_others_may_count_from_one_and_be_broken(tmp_path):
         (tmp_path / "x").mkdir(exist_ok=True)
         cesium_chloride().to(str(tmp_path / "x" / f"{number}.cif"))
     (tmp_path / "x" / "2.cif").write_text("no cif")
-    (samples, missing) = read_samples(tmp_path, ["x", "y"])
+    with pytest.warns(UserWarning, match=r"^1 CIF files cannot be read, such as .*x/2\.cif: malformed CIF"):
+        (samples, missing) = read_samples(tmp_path, ["x", "y"])
     assert [sample is not None for sample in samples] == [True, *[False] * 8, True]
     assert missing == [None] * 10
 
@@ -111,7 +114,8 @@ def test_a_file_that_takes_too_long_is_as_good_as_missing(tmp_path, monkeypatch)
     monkeypatch.setattr(evaluation, "parse_cifs", hang_on_gold)
     gold = Structure(Lattice.cubic(4), ["Au"], [[0, 0, 0]])
     write_samples(tmp_path, "a", [cesium_chloride(), gold, cesium_chloride()])
-    (samples,) = read_samples(tmp_path, ["a"], n_jobs=1, time_limit_s=1.0)
+    with pytest.warns(UserWarning, match="a/01.cif: it takes too long"):
+        (samples,) = read_samples(tmp_path, ["a"], n_jobs=1, time_limit_s=1.0)
     assert [sample is not None for sample in samples] == [True, False, True]
 
 
@@ -327,11 +331,13 @@ def test_a_folder_of_perfect_cifs_scores_perfectly_and_missing_files_count(check
     assert scores["rmse"] == pytest.approx(0, abs=1e-5)
     assert result.table["energy"].iloc[0][0] == pytest.approx(result.table["reference_energy"].iloc[0], abs=1e-3)
     assert results_table([result.summary], published=False)["method"].unique() == ["CIF files"]
-    (tmp_path / "other").mkdir()
+    shutil.copytree(tmp_path / "peer", tmp_path / "other")
     with pytest.raises(ValueError, match=r"samples made with cif_dir='.*peer', expected '.*other'"):
         evaluate_cifs(tmp_path / "other", "prototypes", tmp_path / "scores", settings, checkpoint)
-    with pytest.raises(ValueError, match=r"cif_dir is '.*absent', expected a folder"):
-        evaluate_cifs(tmp_path / "absent", "prototypes", tmp_path / "nothing", settings, checkpoint)
+    (tmp_path / "empty").mkdir()
+    for name in ("absent", "empty"):
+        with pytest.raises(ValueError, match=rf"cif_dir is '.*{name}', expected a folder with .*/0\.cif, or others"):
+            evaluate_cifs(tmp_path / name, "prototypes", tmp_path / "nothing", settings, checkpoint)
     assert not (tmp_path / "nothing").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "summary.json").write_text("{}")
@@ -339,6 +345,30 @@ def test_a_folder_of_perfect_cifs_scores_perfectly_and_missing_files_count(check
         evaluate_cifs(tmp_path / "peer", "prototypes", tmp_path / "mine", settings, checkpoint)
     rows = pd.read_csv(tmp_path / "scores" / "per_crystal.csv")["rms"]
     assert [json.loads(row, parse_constant=pytest.fail) for row in rows].count([None]) == 1  # NaN is no JSON
+
+
+def test_a_crystal_without_energy_costs_only_itself(checkpoint, tmp_path):
+    split, huge = load_split("prototypes", "test"), Structure(Lattice.cubic(1e15), ["H", "H"], [[0, 0, 0], [0.5] * 3])
+    for row in (rows := choose(range(len(split)), 3, 0)):
+        folder = tmp_path / "cifs" / split.material_ids[row]
+        folder.mkdir(parents=True)
+        for number, structure in enumerate([split[row], huge if row == rows[1] else split[row]]):
+            structure.to(str(folder / f"{number}.cif"))
+    settings = EvaluationConfig(n_structures=3, n_jobs=1)
+    scores = evaluate_cifs(tmp_path / "cifs", "prototypes", tmp_path / "out", settings, checkpoint).summary["scores"]
+    assert (scores["n_missing"], scores["match_rate@1"], scores["match_rate_lowest_energy"]) == (1, 1.0, 1.0)
+
+
+def test_of_two_evaluations_that_begin_at_once_one_finds_the_folder_taken(tmp_path, monkeypatch):
+    """Both have looked for settings and found none."""
+    monkeypatch.setattr(Path, "is_file", lambda self: False)
+    evaluation.compare_settings(tmp_path, {"seed": 0})
+    with pytest.raises(ValueError, match="holds samples made with seed=0, expected 1"):
+        evaluation.compare_settings(tmp_path, {"seed": 1})
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"seed": 0}
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError))  # a file system without links
+    (tmp_path / "new").mkdir()
+    evaluation.compare_settings(tmp_path / "new", {"seed": 1})
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import nbformat
 import papermill
 import parameters as notebook
 import pytest
-from parameters import RULES, check_parameters, optional, output_folder
+from parameters import RULES, check_parameters, optional, output_file, output_folder
 
 GOOD = {
     "dataset": "prototypes",
@@ -119,6 +120,17 @@ def test_output_folder_stays_inside_the_folder_of_the_variable(tmp_path, monkeyp
     monkeypatch.setenv("CONTSP_OUTPUT_DIR", str(tmp_path / "elsewhere"))
     assert output_folder(output_dir) == tmp_path / "elsewhere" / "figures"
     assert (tmp_path / "elsewhere" / "figures").is_dir()
+
+
+def test_a_script_knows_before_its_work_that_it_can_write(tmp_path):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output", type=output_file(".csv", ".npz"))
+    assert parser.parse_args(["--output", str(tmp_path / "new" / "a.csv")]).output.parent.is_dir()
+    (tmp_path / "b.csv").mkdir()
+    (tmp_path / "file").touch()
+    for wrong in ("a.txt", "a", str(tmp_path / "b.csv"), str(tmp_path / "file" / "a.csv")):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--output", wrong])
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,11 @@ def test_the_command_reads_an_evaluation(tmp_path, monkeypatch, capsys):
     own = table[(table["against"] == "the one asked for") & (table["answer"] == "k = 1")].set_index("criterion")["rate"]
     assert own["loose"] == pytest.approx(100 * found.summary["scores"]["match_rate@1"], abs=1e-2)
     assert np.isfinite(table["rate"]).all() and "any known" in capsys.readouterr().out
+    last = sorted(path.parent for path in (tmp_path / "start").glob("*/energies.json"))[-1]
+    for path in last.iterdir():  # an evaluation was interrupted here
+        path.unlink()
+    polymorphs.main()
+    assert (table["crystals"] == 3).all() and (pd.read_csv(tmp_path / "a.csv")["crystals"] == 2).all()
     monkeypatch.setattr(sys, "argv", ["polymorphs.py", str(tmp_path / "nothing")])
     with pytest.raises(ValueError, match="holds no evaluation"):
         polymorphs.main()

@@ -21,6 +21,7 @@ import pandas as pd
 import pytest
 import ranking
 from ase.calculators.calculator import Calculator
+from ase.neighborlist import neighbor_list
 from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Composition, Lattice, Structure
 
@@ -84,7 +85,9 @@ def test_units_are_the_commonest_among_training_crystals_of_the_stoichiometry(mo
     assert list(choose_units(model, NACL)) == sorted(best)
     strange = [number for number in range(3, 11) for _ in range(number)]
     assert choose_units(model, strange) == (1,)
-    assert choose_units(ContinuousCGCNN(EnergyConfig()), NACL) == (1, 2, 4)  # nothing is known of its training
+    unknown = ContinuousCGCNN(EnergyConfig())  # nothing is known of its training
+    assert choose_units(unknown, NACL) == (1, 2, 4)
+    assert choose_units(unknown, [6] * 27 + [1] * 35) == (1, 2)  # four would have more than 200 atoms
 
 
 def test_a_cell_holds_whole_formula_units_however_the_formula_is_written(model):
@@ -312,8 +315,10 @@ def test_peaks_obey_braggs_law():
     peaks = powder_pattern(ROCK_SALT)
     two_theta = 2 * np.degrees(np.arcsin(1.54184 * math.sqrt(4) / (2 * 5.64)))  # 200, the strongest of rock salt
     assert peaks.loc[peaks["intensity"].idxmax(), "two_theta"] == pytest.approx(two_theta, abs=0.05)
-    assert peaks.loc[peaks["intensity"].idxmax(), "hkl"] == "200"
-    assert "100" not in peaks["hkl"].tolist()
+    assert peaks.loc[peaks["intensity"].idxmax(), "hkl"] == "2 0 0"
+    assert "1 0 0" not in peaks["hkl"].tolist()
+    peaks = powder_pattern(Structure(Lattice.tetragonal(12, 14), ["Po"], [[0, 0, 0]]))
+    assert peaks["hkl"].is_unique and {"1 0 11", "10 1 1"} <= set("; ".join(peaks["hkl"]).split("; "))
 
 
 def measure(structure, background=30.0):
@@ -348,6 +353,14 @@ def test_a_pattern_may_be_a_csv_file_with_a_header(tmp_path):
     (tmp_path / "measured.xy").write_text("\n".join(f"{angle:.2f}\t1,{count:03.0f}" for angle, count in COUNTED))
     with pytest.raises(ValueError, match="commas for thousands"):
         read_pattern(tmp_path / "measured.xy")
+    counts = 20 + np.random.default_rng(0).integers(60, size=(40, 10))
+    np.savetxt(
+        tmp_path / "measured.xy", counts, fmt="%d", header="10.000 0.020 80.000", comments=""
+    )  # as FullProf has it
+    with pytest.raises(ValueError, match="first column that rises and falls, expected angles"):
+        read_pattern(tmp_path / "measured.xy")
+    np.savetxt(tmp_path / "measured.xy", COUNTED[::-1])
+    np.testing.assert_allclose(read_pattern(tmp_path / "measured.xy"), COUNTED[::-1])
 
 
 def test_a_measured_pattern_tells_structures_apart_and_forgives_a_wrong_volume():
@@ -574,7 +587,9 @@ def test_a_calculator_that_fails_on_all_crystals_is_an_error_and_loses_none(tmp_
     with pytest.raises(SystemExit, match="exists; --resume leaves it out"):
         cli.main(arguments)
     assert "kept as it is" not in run(capsys, *arguments[:-2], "--resume").err  # it did not count as done
-    assert "kept as it is" in run(capsys, *arguments, "--resume").err
+    assert "kept as it is" in run(capsys, *arguments[:-2], "--resume").err
+    with pytest.raises(SystemExit, match=r"NaCl' was made with calculator=None, not 'ase\.calculators\.emt:EMT'"):
+        cli.main([*arguments, "--resume"])
 
 
 def test_a_formula_that_fails_does_not_stop_the_others(tmp_path, capsys):
@@ -590,8 +605,9 @@ def test_a_formula_that_fails_does_not_stop_the_others(tmp_path, capsys):
     [
         (["NaXx"], "element 'Xx' is unknown"),
         (["Na0.5Cl"], "cannot be read"),
+        (["TIO2"], "element 'T' is unknown"),
         (["Na0"], "cannot be read"),
-        (["NaCl", "--n-units", "101"], "has 202 atoms, expected ≤ 200"),
+        (["NaCl", "--n-units", "101"], "101 formula units of 2 atoms are 202 atoms, expected ≤ 200"),
         (["NaCl", "--n-units", "0"], "n_units is"),
         (["NaCl", "--n-samples", "0"], "n_samples is 0"),
         (["NaCl", "--n-jobs", "0"], "n_jobs is 0, expected -1 (all cores) or an integer ≥ 1"),
@@ -647,13 +663,15 @@ def test_an_energy_is_audited(tmp_path, capsys):
     Structure(Lattice.cubic(4.1), ["Cs", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]]).to(str(other))
     done = run(capsys, "audit", str(path), str(other), "--checkpoint", "prototypes")
     first, header, *rows = done.out.splitlines()
-    assert first == f"prototypes on {path} (NaCl), {other} (CsCl)"
+    assert first == f"prototypes on {path} (NaCl), {other} (CsCl); neighbours up to 7.05 … 8.14 Å"
     assert "worst crystal" in header
     assert all((str(path) in row) != (str(other) in row) for row in rows)
     assert "supercell" in done.out
     assert "jump" not in done.out
     with pytest.raises(SystemExit, match=r"nowhere\.cif' cannot be read as a crystal"):
         cli.main(["audit", str(tmp_path / "nowhere.cif")])
+    (tmp_path / "journal.cif").write_bytes(b"data_global\n_author 'M\xfcller'\n" + path.read_bytes())
+    assert "(NaCl)" in run(capsys, "audit", str(tmp_path / "journal.cif"), "--checkpoint", "prototypes").out
     for damage, message in ((path.read_text() + other.read_text(), "several crystals"), ("data_x\n", "")):
         (tmp_path / "bad.cif").write_text(damage)
         with pytest.raises(SystemExit, match=rf"bad\.cif' cannot be read as a crystal: .*{message}"):
@@ -663,8 +681,27 @@ def test_an_energy_is_audited(tmp_path, capsys):
         cli.main(["audit", str(other), str(tmp_path / "bad.cif")])
     with pytest.raises(SystemExit, match="error: seed is -1, expected 0"):
         cli.main(["audit", str(other), "--seed", "-1"])
+    with pytest.raises(SystemExit, match=r"error: cutoff is 5\.0, expected a length > 0, for --calculator"):
+        cli.main(["audit", str(other), "--cutoff", "5"])
     with pytest.raises(SystemExit, match=r"error: the calculator fails: .* No EMT-potential for C[ls]"):
         cli.main(["audit", str(other), "--calculator", "ase.calculators.emt:EMT"])
+
+
+class HardCutoff(Calculator):
+    """Counts neighbours up to 6 Å, and does not say so."""
+
+    implemented_properties = ("energy",)
+
+    def calculate(self, atoms, *_):
+        self.results = {"energy": 1e-3 * len(neighbor_list("i", atoms, 6.0))}
+
+
+def test_an_audit_finds_the_jump_of_a_calculator_whose_radius_is_given(tmp_path, capsys):
+    ROCK_SALT.get_primitive_structure().to(str(tmp_path / "salt.cif"))
+    command = ("audit", str(tmp_path / "salt.cif"), "--calculator", f"{__name__}:HardCutoff")
+    tables = [run(capsys, *command, *cutoff).out for cutoff in ((), ("--cutoff", "6"))]
+    rows = [next(line for line in table.splitlines() if "crosses the cutoff" in line) for table in tables]
+    assert [" jump " in row for row in rows] == [False, True]
 
 
 def test_a_checkpoint_without_its_data_set_is_evaluated_on_a_named_one_only(model, tmp_path):

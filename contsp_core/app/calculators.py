@@ -39,6 +39,7 @@ class ContinuousCalculator(Calculator):
         super().__init__(**kwargs)
         self.implemented_properties = ["energy", "free_energy", "forces", "stress"]
         self.model = copy.deepcopy(model).double().eval().requires_grad_(False)
+        self.cutoff_radius = self.model.cutoff_radius  # where the audit looks
 
     def calculate(
         self,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import math
 import re
 import signal
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from typing import Any
 EXAMPLES = """examples:
   contsp predict SrTiO3                            crystals of one formula, in predictions/SrTiO3/
   contsp predict TiO2 --n-units 2 4 --n-samples 60 longer, in cells of two and four formula units
-  contsp predict formulas.csv --minutes 5          each formula of the column 'formula', chains for five minutes
+  contsp predict formulas.csv --minutes 5          each formula of the column 'formula', five minutes of chains at most
   contsp evaluate mp20 --n-structures 50           how often a checkpoint finds the test crystals of its data set
   contsp audit crystals/*.cif --calculator ase.calculators.emt:EMT
   contsp train --dataset perov5 --minutes 60       all that follows is for training; contsp train --help
@@ -33,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # Å and ₃ where only ASCII is spoken
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         if given[:1] == ["train"]:
             from contsp_core.training import main as train
@@ -70,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--output", type=Path, default=Path("predictions"), help="folder of a folder per formula")
     own.add_argument("--source", default="chains", choices=("chains", "templates", "both"), help="default chains")
     own.add_argument("--n-samples", type=int, default=20, help="of each source and cell size (default 20)")
-    own.add_argument("--n-units", type=int, nargs="+", help="formula units in the cell (default: as training crystals)")
+    own.add_argument(
+        "--n-units", type=int, nargs="+", help="formula units, in lowest integers, of the cell (default: common ones)"
+    )
     own.add_argument("--n-steps", type=int, help="of a chain (default: the checkpoint's; mp20: 300, and 100 is fast)")
     own.add_argument("--n-best", type=int, default=10, help="crystals kept (default 10)")
     own.add_argument("--minutes", type=float, help="start no more chains after so long, for each formula")
@@ -98,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("files", nargs="+", type=Path, metavar="FILE", help="crystals: CIF, POSCAR, …")
     own.add_argument("--checkpoint", default="mp20", help="energy to audit (default mp20)")
     own.add_argument("--calculator", metavar="MODULE:CLASS", help="audit this ASE calculator instead")
+    own.add_argument("--cutoff", type=float, help="its radius, Å (default: what its parameters say, or 3 (V/N)^⅓)")
     own.add_argument("--seed", type=int, default=0)
     commands.add_parser("train", help="train an energy; contsp train --help")
     return parser
@@ -123,12 +130,16 @@ def predict(
     options["n_units"] = options["n_units"] and tuple(options["n_units"])
     config = search.PredictConfig(**options, confidence=search.CALIBRATED.get(checkpoint))
     model, identity = load_model(checkpoint), files.identify(checkpoint)
-    names = list(dict.fromkeys(Composition(Counter(numbers)).reduced_formula for numbers in given))
+    with warnings.catch_warnings(action="ignore"):  # of elements without electronegativity
+        names = list(dict.fromkeys(Composition(Counter(numbers)).reduced_formula for numbers in given))
     plans = {formula: search.plan(model, formula, config) for formula in names}
     calculator = name and load_calculator(name)
     measured = None if pattern is None else read_pattern(pattern)
+    others = {"calculator": name, "xrd": pattern and str(pattern)}
     for formula in names:
-        if not (resume and files.is_finished(output / formula)):
+        if resume and files.is_finished(output / formula):
+            files.check_same(output / formula, identity | {"settings": asdict(config)} | others)
+        else:
             files.check_replaceable(output / formula, overwrite or resume)
     with retold(f"output {str(output)!r} cannot be written", OSError):
         output.mkdir(parents=True, exist_ok=True)
@@ -149,8 +160,7 @@ def predict(
             prediction = prediction.relaxed(calculator, config.n_jobs) if calculator else prediction
             prediction = prediction if measured is None else prediction.compared(measured)
             without = bool(calculator) and "calculator_energy" not in prediction.table
-            origin = files.provenance(identity, config, prediction)
-            origin |= {"calculator": name, "calculator_failed": without, "xrd": pattern and str(pattern)}
+            origin = files.provenance(identity, config, prediction) | others | {"calculator_failed": without}
             folder = files.write_prediction(prediction, output / formula, origin, overwrite or resume)
             for doubt in prediction.doubts[len(doubts) :]:
                 print(f"{formula}: warning: {doubt}", file=sys.stderr)
@@ -224,7 +234,7 @@ def evaluate(
     print(f"{score_table(found.summary['scores']).to_string()}\nmore in {output / SUMMARY}")
 
 
-def audit(files: Sequence[Path], checkpoint: str, calculator: str | None, seed: int) -> None:
+def audit(files: Sequence[Path], checkpoint: str, calculator: str | None, cutoff: float | None, seed: int) -> None:
     """``contsp audit``: the table of :func:`contsp_core.invariance.audit`."""
     from pymatgen.core import Structure
 
@@ -232,25 +242,33 @@ def audit(files: Sequence[Path], checkpoint: str, calculator: str | None, seed: 
 
     if not 0 <= seed < 2**62:
         raise ValueError(f"seed is {seed}, expected 0 … {2**62 - 1}")
+    if cutoff is not None and not (calculator and 0 < cutoff < math.inf):
+        raise ValueError(f"cutoff is {cutoff}, expected a length > 0, for --calculator")
     structures = []
     for path in files:
         with retold(f"{str(path)!r} cannot be read as a crystal", Exception):  # pymatgen raises many kinds
-            if path.suffix.lower() == ".cif" and len(re.findall("^data_", path.read_text(), re.MULTILINE)) > 1:
+            text = path.read_text(errors="replace") if path.suffix.lower() == ".cif" else ""
+            if len(re.findall(r"^\s*_atom_site_fract_x", text, re.MULTILINE)) > 1:
                 raise ValueError("it holds several crystals, expected one")
-            structures.append(Structure.from_file(path))
+            with warnings.catch_warnings(action="ignore"):
+                structures.append(Structure.from_file(path))
         structures[-1].properties = {"material_id": str(path)}
     calculator or find_checkpoint(checkpoint)
     from contsp_core import Crystals, load_model
     from contsp_core.app.calculators import load_calculator
     from contsp_core.invariance import audit as measure
+    from contsp_core.invariance import graph_cutoff
 
     for path, structure in zip(files, structures):
         with retold(f"{str(path)!r} cannot be audited", ValueError):
             Crystals.from_structures([structure])
     energy: Any = load_calculator(calculator) if calculator else load_model(checkpoint)
-    table = measure(energy, structures, seed=seed).rename(columns={"material_id": "worst crystal"})
+    radii = graph_cutoff(energy, Crystals.from_structures(structures), cutoff).tolist()
+    table = measure(energy, structures, seed=seed, cutoff=cutoff).rename(columns={"material_id": "worst crystal"})
     names = [f"{path} ({structure.composition.reduced_formula})" for path, structure in zip(files, structures)]
-    print(f"{calculator or checkpoint} on {', '.join(names)}\n{table.drop(columns='index').to_string(index=False)}")
+    reach = " … ".join(dict.fromkeys(f"{radius:.3g}" for radius in (min(radii), max(radii))))
+    print(f"{calculator or checkpoint} on {', '.join(names)}; neighbours up to {reach} Å")
+    print(table.drop(columns="index").to_string(index=False))
 
 
 if __name__ == "__main__":

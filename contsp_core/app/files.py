@@ -22,7 +22,7 @@ from contsp_core.app.prediction import PredictConfig, Prediction
 from contsp_core.checkpoints import read_settings
 from contsp_core.csp.candidates import standardise
 from contsp_core.csp.figures import draw_crystals
-from contsp_core.data import find_checkpoint, one_line
+from contsp_core.data import find_checkpoint, one_line, retold
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,6 +82,18 @@ def write_prediction(prediction: Prediction, folder: Path, origin: dict[str, Any
 def is_finished(folder: Path) -> bool:
     """Whether a prediction lies there, and no calculator failed on all of its crystals."""
     return (folder / MADE_BY).is_file() and '"calculator_failed": true' not in (folder / MADE_BY).read_text()
+
+
+def check_same(folder: Path, asked: dict[str, Any]) -> None:
+    """A ValueError if a finished prediction was made with other settings than those asked for now."""
+    with retold(f"{folder / MADE_BY} is damaged", OSError, ValueError, TypeError, KeyError):
+        made, now = json.loads((folder / MADE_BY).read_text()), json.loads(json.dumps(asked, default=str))
+        made, now = made | made["settings"], now | now["settings"]
+    for name in sorted(now.keys() - {"settings", "n_jobs"}):
+        if made.get(name) != now[name]:
+            raise ValueError(
+                f"{str(folder)!r} was made with {name}={made.get(name)!r}, not {now[name]!r}: --overwrite it"
+            )
 
 
 def check_replaceable(folder: Path, overwrite: bool) -> None:

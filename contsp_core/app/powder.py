@@ -28,7 +28,7 @@ def powder_pattern(structure: Structure) -> pd.DataFrame:
     rows: list[tuple] = []
     with suppress(ValueError):
         pattern = XRDCalculator().get_pattern(structure, two_theta_range=TWO_THETA)
-        planes = [" ".join("".join(map(str, plane["hkl"])) for plane in peak) for peak in pattern.hkls]
+        planes = ["; ".join(" ".join(map(str, plane["hkl"])) for plane in peak) for peak in pattern.hkls]
         rows = list(zip(pattern.x, pattern.y, planes))
     return pd.DataFrame(rows, columns=["two_theta", "intensity", "hkl"])
 
@@ -60,6 +60,8 @@ def read_pattern(path: str | Path) -> np.ndarray:
             raise ValueError("counts with commas for thousands, expected none")
         rows = [re.split(r"\s*[;,]\s*|\s+", line.strip()) for line in lines]
         measured = np.array([row[:2] for row in rows], dtype=float).reshape(-1, 2)
+        if len({*np.sign(np.diff(measured[:, 0]))}) > 1:
+            raise ValueError("a first column that rises and falls, expected angles")
         if rows and all(len(row) > 2 and row[0].isdigit() for row in rows) and (np.diff(measured[:, 0]) == 1).all():
             raise ValueError("a first column that counts the rows, expected angles")
         measured = measured[(measured[:, 0] >= TWO_THETA[0]) & (measured[:, 0] <= TWO_THETA[1])]

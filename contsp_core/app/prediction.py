@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path
@@ -53,7 +53,7 @@ class PredictConfig:
     source: Literal["chains", "templates", "both"] = "chains"  # templates: known crystals, elements exchanged
     n_samples: int = 20  # of each source and number of formula units
     n_steps: int | None = None  # of a chain; None: as the checkpoint says
-    n_units: tuple[int, ...] | None = None  # of the reduced formula; None: what :func:`choose_units` says
+    n_units: tuple[int, ...] | None = None  # in lowest integers (O, HO, not O2, H2O2); None: :func:`choose_units`
     minutes: float | None = None  # of chains; no further ones are started after it, but for a first round
     n_best: int = 10  # crystals kept
     confidence: tuple[float, float, float] | None = None  # of :func:`confidence`; for cells of one size
@@ -122,7 +122,8 @@ def plan(model: ContinuousCGCNN, formula: str, config: PredictConfig) -> tuple[l
     unit = [number for number, count in reduce_species(parse_formula(formula)).items() for _ in range(count)]
     n_units = config.n_units or choose_units(model, unit)
     if (n_atoms := len(unit) * max(n_units)) > MAX_ATOMS:
-        raise ValueError(f"formula {formula!r} × {max(n_units)} has {n_atoms} atoms, expected ≤ {MAX_ATOMS}")
+        units = f"{max(n_units)} formula units of {len(unit)} atoms"
+        raise ValueError(f"formula {formula!r}: {units} are {n_atoms} atoms, expected ≤ {MAX_ATOMS}")
     return [unit * n for n in sorted(set(n_units))], doubts(model, unit, n_units)
 
 
@@ -142,7 +143,8 @@ def choose_units(model: ContinuousCGCNN, unit: Sequence[int]) -> tuple[int, ...]
     """
     sizes = training_counts(model).sum(dim=1)
     same = Counter((sizes[_same_stoichiometry(model, unit)] // len(unit)).tolist())
-    fitting = [n for n in (1, 2, 4) if not len(sizes) or n * len(unit) <= max(int(sizes.max()), len(unit))]
+    largest = max(len(unit), int(sizes.max()) if len(sizes) else MAX_ATOMS)
+    fitting = [n for n in (1, 2, 4) if n * len(unit) <= largest]
     return tuple(sorted(n for n, _ in same.most_common(N_SIZES)) or fitting)
 
 
@@ -163,8 +165,13 @@ def doubts(model: ContinuousCGCNN, unit: Sequence[int], n_units: Sequence[int]) 
 
 def _same_stoichiometry(model: ContinuousCGCNN, unit: Sequence[int]) -> torch.Tensor:
     """Which training crystals consist of so many elements in the same ratio, (n,) bool."""
-    counts = torch.from_numpy(reduce_counts(training_counts(model).numpy()))
+    counts = _reduced(model)
     return of_pattern(counts, torch.bincount(torch.tensor(unit), minlength=counts.shape[1]))
+
+
+@lru_cache(maxsize=1)
+def _reduced(model: ContinuousCGCNN) -> torch.Tensor:
+    return torch.from_numpy(reduce_counts(training_counts(model).numpy()))
 
 
 def predict(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,9 @@ from ase.data import covalent_radii
 from pymatgen.core import Structure
 from pymatgen.core.structure_matcher import StructureMatcher
 from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
+from torch import Tensor
 
+from contsp_core import sampler
 from contsp_core.checkpoints import read_settings
 from contsp_core.crystals import Crystals, Rngs, fit_atomic_volumes, keyed_rng, pack, reduce_species
 from contsp_core.csp.metrics import is_valid_structure, run_with_time_limit
@@ -31,18 +33,6 @@ from contsp_core.diffusion import DiffusionConfig
 from contsp_core.energy import ContinuousCGCNN, energy_and_gradient
 from contsp_core.lattice import apply_strain, niggli
 from contsp_core.mala import where
-from contsp_core.sampler import (
-    assignments,
-    batch_size,
-    element_distances,
-    run_chains,
-    sample_structures,
-    sampling_config,
-    start_crystals,
-)
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SOURCES = ("chains", "start", "start_descended", "templates", "templates_relaxed")
 WITHOUT_MODEL = ("templates",)
@@ -92,16 +82,16 @@ def make_candidates(
     species = [tuple(sorted(map(int, numbers))) for numbers in species]
     rngs = [[keyed_rng(seed, numbers, n) for n in range(n_samples)] for numbers in species]  # as of the chains
     if source == "chains":
-        found = sample_structures(energy, species, n_samples, n_steps, seed, batch_atoms=batch_atoms)
+        found = sampler.sample_structures(energy, species, n_samples, n_steps, seed, batch_atoms=batch_atoms)
     elif source.startswith("start"):
         places = range(n_samples)
-        starts = [start_crystals(energy, [numbers] * n_samples, rng, places) for numbers, rng in zip(species, rngs)]
+        starts = (sampler.start_crystals(energy, [n] * n_samples, rng, places) for n, rng in zip(species, rngs))
         found = [crystals.to_structures() for crystals in starts]
     else:
         found = [templates.substitute(numbers, n_samples, seed) for numbers in species]
     flat = [structure for structures in found for structure in structures]
     if source.endswith("_descended"):
-        flat = descend(energy, flat, n_steps or sampling_config(energy).n_steps)
+        flat = descend(energy, flat, n_steps or sampler.sampling_config(energy).n_steps)
     elif source.endswith("_relaxed"):
         rng = [own for part, all_own in zip(found, rngs) for own in all_own[: len(part)]]
         flat = relax(energy, flat, rng, n_steps or N_STEPS[source])
@@ -140,16 +130,16 @@ class TemplateLibrary:
 
         Templates have the stoichiometry of the target (AB₂C for AB₂C) and its number of atoms; only if these do not
         suffice, smaller crystals are repeated along their shortest vector. Elements of equal count can be assigned in
-        several ways: each is a candidate of its own. Candidates are sorted by the mean over atoms of the distance
-        between the old and the new element (:func:`element_distances`), ties in random order. The volume is multiplied
-        by the ratio of the volumes that the atomic volumes give for the two compositions.
+        several ways: each is a candidate of its own. Candidates are sorted by the mean distance of the
+        old and the new element (:func:`sampler.element_distances`), ties in random order. The volume is multiplied by
+        the ratio of the volumes that the atomic volumes give for the two compositions.
 
         ``species`` are the atomic numbers of the crystal to predict; ``seed`` is that of ties. Returned are at most n
         structures, the nearest first.
         """
         elements, pattern = _pattern(species)
         rng = keyed_rng(seed, tuple(sorted(map(int, species))))
-        assigned = np.array([[elements[i] for i in order] for order in assignments(pattern)])
+        assigned = np.array([[elements[i] for i in order] for order in sampler.assignments(pattern)])
         candidates = []
         for multiple in (m for m in range(1, len(species) + 1) if len(species) % m == 0):
             if (found := self.groups.get((len(species) // multiple, pattern))) is None:
@@ -157,7 +147,7 @@ class TemplateLibrary:
             indices, olds = found
             distance = np.zeros((len(indices), len(assigned)))
             for column, count in enumerate(pattern):
-                distance += count / sum(pattern) * element_distances()[olds[:, [column]], assigned[:, column]]
+                distance += count / sum(pattern) * sampler.element_distances()[olds[:, [column]], assigned[:, column]]
             flat = distance.ravel()
             for place in np.lexsort((torch.rand(len(flat), generator=rng).numpy(), flat))[:n]:
                 template, assignment = np.unravel_index(place, distance.shape)
@@ -197,7 +187,7 @@ def with_energies(model: ContinuousCGCNN, structures: Sequence[Structure]) -> li
 
 def _batches(model: ContinuousCGCNN, structures: Sequence[Structure]) -> Iterator[tuple[slice, Crystals]]:
     weight = next(model.parameters())
-    for batch in pack([len(structure) for structure in structures], batch_size(model)):
+    for batch in pack([len(structure) for structure in structures], sampler.batch_size(model)):
         yield batch, Crystals.from_structures(structures[batch], weight.dtype).to(weight.device)
 
 
@@ -208,14 +198,14 @@ def relax(
 
     With noise levels it begins at level ``noise`` (Å), without at the last third of annealing.
     """
-    config = replace(sampling_config(model), n_steps=n_steps)
+    config = replace(sampler.sampling_config(model), n_steps=n_steps)
     if isinstance(config, DiffusionConfig):
         config = replace(config, noise_first=float(np.clip(noise, model.config.noise_min, model.config.noise_max)))
     else:  # both schedules are geometric
         step = (config.step_first * config.step_last**2) ** (1 / 3)
         temperature = (config.temperature_first * config.temperature_last**2) ** (1 / 3)
         config = replace(config, step_first=step, temperature_first=temperature)
-    moved = [run_chains(model, crystals, config, rng[batch]) for batch, crystals in _batches(model, structures)]
+    moved = [sampler.run_chains(model, crystals, config, rng[batch]) for batch, crystals in _batches(model, structures)]
     return [structure for crystals in moved for structure in crystals.to_structures()]
 
 

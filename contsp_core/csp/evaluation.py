@@ -11,12 +11,13 @@ import json
 import math
 import pickle
 import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -28,14 +29,9 @@ from contsp_core.checkpoints import load_model, read_settings
 from contsp_core.crystals import check_settings, reduce_counts
 from contsp_core.csp.candidates import N_STEPS, SOURCES, WITHOUT_MODEL, TemplateLibrary, make_candidates, with_energies
 from contsp_core.csp.metrics import LISTS, check_limits, evaluate_csp, run_with_time_limit, spread
-from contsp_core.data import choose, find_checkpoint, load_split, parse_cifs, retold, write_whole
+from contsp_core.data import Split, choose, find_checkpoint, load_split, parse_cifs, retold, write_whole
 from contsp_core.energy import ContinuousCGCNN, portable
 from contsp_core.sampler import sampling_config, training_counts
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from contsp_core.data import Split
 
 ENERGIES = "energies.json"  # {file name: energy or null}; written last: names the files of a complete crystal
 SETTINGS, SUMMARY, TABLE = "settings.json", "summary.json", "per_crystal.csv"
@@ -127,8 +123,10 @@ def evaluate_cifs(
     """
     settings, model, chosen, record = _load(checkpoint, dataset, settings)
     record |= {"source": "cifs", "n_samples": settings.n_samples, "n_steps": None}
-    if not Path(cif_dir).is_dir():  # before anything is written
-        raise ValueError(f"cif_dir is {str(cif_dir)!r}, expected a folder with <material_id>/<sample number>.cif in it")
+    if not any(path for name in chosen.material_ids for path in crystal_folder(cif_dir, name).glob("*.cif")):
+        raise ValueError(
+            f"cif_dir is {str(cif_dir)!r}, expected a folder with {chosen.material_ids[0]}/0.cif, or others"
+        )
     compare_settings(Path(output_dir), record | {"cif_dir": str(Path(cif_dir).resolve()), "n_structures": None})
     record |= {"method": method, "trained_on": _trained_on(checkpoint)}
     return _score(Path(cif_dir), chosen, record, model, Path(output_dir), settings)
@@ -187,7 +185,7 @@ def _score(
     limits = dict[str, Any](n_jobs=settings.n_jobs, time_limit_s=settings.time_limit_s, progress=settings.progress)
     predictions = read_samples(folder, chosen.material_ids, record["n_samples"], **limits)
     if model is not None and record["source"] == "cifs":
-        rest = iter(with_energies(model.judge, [s for samples in predictions for s in samples if s is not None]))
+        rest = iter(_judged(model.judge, [s for samples in predictions for s in samples if s is not None]))
         predictions = [[None if s is None else next(rest) for s in samples] for samples in predictions]
     structures = chosen.structures if model is None else with_energies(model.judge, chosen.structures)
     scores, table = evaluate_csp(structures, predictions, material_ids=chosen.material_ids, **limits)
@@ -200,6 +198,14 @@ def _score(
     lists = {name: table[name].map(_to_json) for name in (*LISTS, "pool_rms")}
     write_text(output / TABLE, table.assign(**lists).to_csv(float_format="%.6g"))
     return Evaluation(summary, table, chosen, predictions)
+
+
+def _judged(judge: ContinuousCGCNN, structures: list[Structure]) -> list[Structure | None]:
+    """With energies; None for what has none, such as a cell of 10¹⁵ Å."""
+    with suppress(ValueError):
+        return [*with_energies(judge, structures)]
+    half = len(structures) // 2
+    return _judged(judge, structures[:half]) + _judged(judge, structures[half:]) if half else [None]
 
 
 def n_seen(model: Any, chosen: Split) -> int | None:
@@ -216,9 +222,9 @@ def _to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(plain, indent=indent)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it appears complete or not at all."""
-    write_whole(path, lambda file: file.write(text.encode()))
+def write_text(path: Path, text: str, replace: bool = True) -> None:
+    """Write a text file as by :func:`write_whole`."""
+    write_whole(path, lambda file: file.write(text.encode()), replace)
 
 
 def crystal_folder(folder: str | Path, material_id: str) -> Path:
@@ -234,9 +240,8 @@ def compare_settings(folder: Path, settings: dict[str, Any]) -> None:
     if not path.is_file():
         if (folder / SUMMARY).exists() or (folder / TABLE).exists():
             raise ValueError(f"output_dir {str(folder)!r} has results, but no {SETTINGS}: choose another folder")
-        with retold(f"output_dir {str(folder)!r} cannot be written", OSError, kind=OSError):
-            write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
-        return
+        with retold(f"output_dir {str(folder)!r} cannot be written", OSError, kind=OSError), suppress(FileExistsError):
+            write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n", replace=False)
     with retold(f"{path} is damaged", ValueError, TypeError):
         found = dict(json.loads(path.read_text(encoding="utf-8")))
     for name in sorted(found.keys() | settings.keys()):
@@ -315,14 +320,19 @@ def read_samples(
     energies = [_energies(crystal_folder(folder, material_id)) for material_id in material_ids]
     wanted = {(row, number - first): path for (row, number), path in files.items() if number - first < n_samples}
     texts = [(path.read_text(encoding="utf-8", errors="replace"),) for path in wanted.values()]
-    found = run_with_time_limit(_parse, texts, description="reading", **limits)
+    found, failed = run_with_time_limit(_parse, texts, description="reading", **limits), []
     for ((row, place), path), structure in zip(wanted.items(), found, strict=True):
-        if structure is not None and energies[row].get(path.name) is not None:
+        if not isinstance(structure, Structure):
+            failed.append(f"{path}: {structure or 'it takes too long'}")
+            continue
+        if energies[row].get(path.name) is not None:
             structure.properties["energy"] = energies[row][path.name]
         samples[row][place] = structure
+    if failed:
+        warnings.warn(f"{len(failed)} CIF files cannot be read, such as {failed[0]}", stacklevel=2)
     return samples
 
 
-def _parse(cif: str) -> Structure | None:
+def _parse(cif: str) -> Structure | str:
     (crystal,) = parse_cifs([cif])
-    return None if isinstance(crystal, str) else crystal.to_structures()[0]  # a string says why it cannot be read
+    return crystal if isinstance(crystal, str) else crystal.to_structures()[0]  # a string says why it cannot be read
