@@ -24,7 +24,7 @@ from contsp_core.data import DATASETS, choose, load_split
 from contsp_core.energy import ContinuousCGCNN
 from contsp_core.lattice import niggli
 
-N_STRUCTURES = {"perov5": 200, "mp20": 200, "mpts52": 60}  # crystals of MPTS-52 are large
+N_STRUCTURES = dict.fromkeys(("perov5", "mp20", "mpts52"), 200)  # crystals of each data set
 DRAWN = {
     "displacement": "rms displacement per atom (Å)",
     "strain": "strain of the cell",
