@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--calculator", metavar="MODULE:CLASS", help="ASE calculator to relax and rank them with")
     own.add_argument("--xrd", type=Path, metavar="FILE", help="measured powder pattern (Cu Kα) to rank by")
     existing = own.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="leave out formulas that were predicted")
+    existing.add_argument("--resume", action="store_true", help="leave out formulas predicted with these settings")
     existing.add_argument("--overwrite", action="store_true", help="replace earlier predictions")
     own = commands.add_parser("evaluate", help="score a checkpoint, or CIFs, on a data set", **_examples("evaluate"))
     own.set_defaults(command=evaluate)
