@@ -21,6 +21,7 @@ from pymatgen.core import Lattice, Structure
 from contsp_core import Crystals, load_model
 from contsp_core.app.calculators import ContinuousCalculator, load_calculator, relax_and_rank
 from contsp_core.energy import ContinuousCGCNN
+from contsp_core.invariance import graph_cutoff
 
 VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 TRICLINIC = Atoms(
@@ -89,6 +90,13 @@ def test_energy_is_that_of_the_model_times_the_atoms_and_extensive(model):
     assert atoms.get_potential_energy(force_consistent=True) == atoms.get_potential_energy()
     np.testing.assert_allclose(double.get_forces()[:3], atoms.get_forces(), atol=1e-10)
     np.testing.assert_allclose(double.get_stress(), atoms.get_stress(), atol=1e-12)
+
+
+def test_the_audit_looks_where_the_model_cuts_its_graph(model):
+    crystals = Crystals.from_structures([Structure(Lattice.cubic(4), ["Po"], [[0, 0, 0]])], torch.float64)
+    radii = [graph_cutoff(energy, crystals) for energy in (ContinuousCalculator(model), model)]
+    assert radii[0] == radii[1] == pytest.approx(4 * model.config.cutoff_multiple)
+    assert model.config.cutoff_multiple != 3  # what is assumed of an energy that does not say
 
 
 def test_model_given_stays_as_it_is(model):
