@@ -209,7 +209,7 @@ def _parse(cif: str) -> Crystals | str:
     import torch
     from pymatgen.io.cif import CifParser
 
-    cif = cif[max(0, cif.rfind("\ndata_", 0, cif.find("_atom_site_"))) :]  # the first block that has atoms
+    cif = next((block for block in re.split("(?m)^(?=data_)", cif) if "_atom_site_fract_x" in block), cif)
     try:  # pymatgen raises many kinds, and warns of each coordinate it rounds to a fraction
         with retold("malformed CIF", Exception), warnings.catch_warnings(action="ignore"):
             parser = CifParser(io.StringIO(cif))

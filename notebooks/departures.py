@@ -177,6 +177,10 @@ def main() -> None:
     options = parser.parse_args()
     if bool(options.checkpoint) == bool(options.train) or (options.train and not options.output):
         parser.error("expected --checkpoint, or --train and --output")
+    if options.output and options.output.suffix != (".safetensors" if options.train else ".csv"):
+        parser.error("--output is a .safetensors file with --train, else a .csv")
+    if options.train and options.output.exists():
+        parser.error(f"--output {options.output} exists, and does not say how its chains accepted: choose another")
     if options.train:
         torch.set_num_threads(1)
         train(options.train, options.dataset, options.output, options.n_updates, options.n_steps, options.seed)

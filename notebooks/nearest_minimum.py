@@ -24,7 +24,6 @@ from contsp_core.data import DATASETS, choose, load_split
 from contsp_core.energy import ContinuousCGCNN
 from contsp_core.lattice import niggli
 
-N_STRUCTURES = dict.fromkeys(("perov5", "mp20", "mpts52"), 200)  # crystals of each data set
 DRAWN = {
     "displacement": "rms displacement per atom (Å)",
     "strain": "strain of the cell",
@@ -98,15 +97,15 @@ def draw_minima(table: pd.DataFrame) -> Figure:
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", nargs="+", default=list(N_STRUCTURES), choices=DATASETS)
+    parser.add_argument("--dataset", nargs="+", default=["perov5", "mp20", "mpts52"], choices=DATASETS)
     parser.add_argument("--checkpoint", nargs="+", help="one for each data set, by name or file (default: the bundled)")
-    parser.add_argument("--n-structures", type=int, nargs="+", help="one number for each data set")
+    parser.add_argument("--n-structures", type=int, nargs="+", help="one number for each data set (default 200)")
     parser.add_argument("--n-steps", type=int, default=200, help="energy gradients for each crystal")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=output_file(".csv"), help="a .csv (default figures/05_nearest_minimum.csv)")
     options = parser.parse_args()
     checkpoints = options.checkpoint or options.dataset
-    counts = options.n_structures or [N_STRUCTURES.get(name, 200) for name in options.dataset]
+    counts = options.n_structures or [200] * len(options.dataset)
     if not len(options.dataset) == len(checkpoints) == len(counts):
         parser.error("--checkpoint and --n-structures need one value for each data set")
     output = options.output or Path(__file__).parent.parent / "figures" / "05_nearest_minimum.csv"

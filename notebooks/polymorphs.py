@@ -76,8 +76,8 @@ def main() -> None:
     with retold(f"folder {str(options.folder)!r} holds no evaluation", OSError, ValueError, KeyError):
         settings = json.loads((options.folder / SETTINGS).read_text(encoding="utf-8"))
         dataset, split = settings["dataset"], load_split(settings["dataset"], settings["split"])
-    found = [row for row, name in enumerate(split.material_ids) if (options.folder / name / ENERGIES).is_file()]
-    chosen = split.select(found)
+        found = [row for row, name in enumerate(split.material_ids) if (options.folder / name / ENERGIES).is_file()]
+        chosen = split.select(found)
     known = [structure for name in SPLITS for structure in load_split(dataset, name)]
     samples = read_samples(options.folder, chosen.material_ids, settings["n_samples"])
     table = compare_with_known(chosen.structures, samples, known)

@@ -359,8 +359,9 @@ def test_a_pattern_may_be_a_csv_file_with_a_header(tmp_path):
     )  # as FullProf has it
     with pytest.raises(ValueError, match="first column that rises and falls, expected angles"):
         read_pattern(tmp_path / "measured.xy")
-    np.savetxt(tmp_path / "measured.xy", COUNTED[::-1])
-    np.testing.assert_allclose(read_pattern(tmp_path / "measured.xy"), COUNTED[::-1])
+    for rows in (COUNTED[::-1], [COUNTED[0], *COUNTED]):  # downwards; one angle twice
+        np.savetxt(tmp_path / "measured.xy", rows)
+        np.testing.assert_allclose(read_pattern(tmp_path / "measured.xy"), rows)
 
 
 def test_a_measured_pattern_tells_structures_apart_and_forgives_a_wrong_volume():
@@ -663,7 +664,7 @@ def test_an_energy_is_audited(tmp_path, capsys):
     Structure(Lattice.cubic(4.1), ["Cs", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]]).to(str(other))
     done = run(capsys, "audit", str(path), str(other), "--checkpoint", "prototypes")
     first, header, *rows = done.out.splitlines()
-    assert first == f"prototypes on {path} (NaCl), {other} (CsCl); neighbours up to 7.05 … 8.14 Å"
+    assert first == f"prototypes on {path} (NaCl), {other} (CsCl); cutoff looked for at 7.05 … 8.14 Å"
     assert "worst crystal" in header
     assert all((str(path) in row) != (str(other) in row) for row in rows)
     assert "supercell" in done.out

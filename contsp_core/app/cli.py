@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # Å and ₃ where only ASCII is spoken
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda text, *_, **__: print("warning:", *str(text).split(), file=sys.stderr)
     try:
         if given[:1] == ["train"]:
             from contsp_core.training import main as train
@@ -267,7 +267,7 @@ def audit(files: Sequence[Path], checkpoint: str, calculator: str | None, cutoff
     table = measure(energy, structures, seed=seed, cutoff=cutoff).rename(columns={"material_id": "worst crystal"})
     names = [f"{path} ({structure.composition.reduced_formula})" for path, structure in zip(files, structures)]
     reach = " … ".join(dict.fromkeys(f"{radius:.3g}" for radius in (min(radii), max(radii))))
-    print(f"{calculator or checkpoint} on {', '.join(names)}; neighbours up to {reach} Å")
+    print(f"{calculator or checkpoint} on {', '.join(names)}; cutoff looked for at {reach} Å")
     print(table.drop(columns="index").to_string(index=False))
 
 

@@ -60,7 +60,7 @@ def read_pattern(path: str | Path) -> np.ndarray:
             raise ValueError("counts with commas for thousands, expected none")
         rows = [re.split(r"\s*[;,]\s*|\s+", line.strip()) for line in lines]
         measured = np.array([row[:2] for row in rows], dtype=float).reshape(-1, 2)
-        if len({*np.sign(np.diff(measured[:, 0]))}) > 1:
+        if {-1, 1} <= {*np.sign(np.diff(measured[:, 0]))}:
             raise ValueError("a first column that rises and falls, expected angles")
         if rows and all(len(row) > 2 and row[0].isdigit() for row in rows) and (np.diff(measured[:, 0]) == 1).all():
             raise ValueError("a first column that counts the rows, expected angles")

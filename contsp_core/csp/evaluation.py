@@ -242,7 +242,7 @@ def compare_settings(folder: Path, settings: dict[str, Any]) -> None:
             raise ValueError(f"output_dir {str(folder)!r} has results, but no {SETTINGS}: choose another folder")
         with retold(f"output_dir {str(folder)!r} cannot be written", OSError, kind=OSError), suppress(FileExistsError):
             write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n", replace=False)
-    with retold(f"{path} is damaged", ValueError, TypeError):
+    with retold(f"{path} is damaged", OSError, ValueError, TypeError):
         found = dict(json.loads(path.read_text(encoding="utf-8")))
     for name in sorted(found.keys() | settings.keys()):
         if found.get(name) != settings.get(name):
