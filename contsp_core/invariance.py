@@ -260,11 +260,11 @@ def as_energy(energy: Energy | Calculator) -> Energy:
 def graph_cutoff(energy: Energy | Calculator, crystals: Crystals, cutoff: float | None = None) -> Tensor:
     """(n_systems,) radius at which an energy cuts its graph, Å: the one given, else as :func:`audit` says."""
     if cutoff is None and isinstance(settings := getattr(energy, "parameters", None), dict):  # of a calculator
-        known = (settings.get(name) for name in ("rc", "cutoff"))
-        cutoff = next((value for value in known if isinstance(value, int | float | np.number) and value > 0), None)
+        found = [settings.get(name) for name in ("rc", "cutoff")]
+        cutoff = next((float(value) for value in found if isinstance(value, int | float | np.number) and value), None)
     if cutoff is None:
         return getattr(energy, "cutoff_radius", cutoff_radius)(crystals)
-    return torch.full_like(crystals.volume, float(cutoff))
+    return torch.full_like(crystals.volume, cutoff)
 
 
 def rounding_noise(function: Energy, crystals: Crystals, rng: torch.Generator) -> Tensor:

@@ -270,6 +270,10 @@ def test_cutoff_is_the_one_given_then_that_of_the_energy_then_ours() -> None:
         assert graph_cutoff(energy, batch, 2.5).tolist() == [2.5, 2.5]
     spacing = (batch.volume / batch.n_atoms) ** (1 / 3)
     torch.testing.assert_close(graph_cutoff(smooth_energy, batch), 3 * spacing)
+    for radius, told in ((np.float32(4), torch.full_like(spacing, 4)), ("smooth", 3 * spacing)):
+        energy = LennardJones()
+        energy.parameters = {"cutoff": radius}
+        torch.testing.assert_close(graph_cutoff(energy, batch), told)
     for multiple in (2.5, 3.0):
         model = ContinuousCGCNN(EnergyConfig(width=8, cutoff_multiple=multiple))
         torch.testing.assert_close(graph_cutoff(model, batch), multiple * spacing)
