@@ -215,7 +215,7 @@ def audit(
     function, rng = as_energy(energy), torch.Generator().manual_seed(seed)
     larger, rows = enlarge(crystals), []
     floor = MARGIN * rounding_noise(function, crystals, rng)
-    with tqdm(total=len(crystals) * len(checks), unit="check", disable=None if progress else True) as bar:
+    with tqdm(total=len(crystals) * len(checks), unit="check", disable=not progress) as bar:
         for name in checks:
             if name in PROBES:
                 path = PROBES[name](larger, graph_cutoff(energy, larger, cutoff), n_neighbors, rng)

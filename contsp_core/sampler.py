@@ -198,9 +198,7 @@ def sample_structures(
     chains = [(numbers, n) for numbers in sorted(set(entries), key=lambda e: (len(e), e)) for n in numbered]
     batches = pack([len(numbers) for numbers, _ in chains], batch_atoms or batch_size(model))
     found: dict[tuple[int, ...], list[Structure]] = {numbers: [] for numbers in entries}
-    with tqdm(
-        total=len(batches) * config.n_steps, desc="sampling", unit="step", disable=None if progress else True
-    ) as bar:
+    with tqdm(total=len(batches) * config.n_steps, desc="sampling", unit="step", disable=not progress) as bar:
         for batch in batches:
             rng = [keyed_rng(seed, numbers, number) for numbers, number in chains[batch]]
             numbers, places = zip(*chains[batch])

@@ -29,7 +29,7 @@ import torch
 INSTRUMENTED = ("contsp_core.data", "contsp_core.checkpoints", "pymatgen.io.cif", "pymatgen.core.composition")
 MAX_CPU_S = 10
 MAX_MEMORY_MB = 256
-FORMULAS = ("BaTiO3", "NaCl", "Ca(OH)2", "Cu[NH3]4SO4", "Fe2.0O3", "{H2O}16", "Y3N@C80", "Es2", "D2O")
+FORMULAS = ("BaTiO3", "NaCl", "Ca(OH)2", "Cu[NH3]4SO4", "Fe2.0O3", "{H2O}16", "Y3N@C80", "Es2", "H2O2")
 
 
 def problem(name: str, content: bytes, folder: Path) -> str | None:

@@ -264,7 +264,8 @@ def audit(files: Sequence[Path], checkpoint: str, calculator: str | None, cutoff
             Crystals.from_structures([structure])
     energy: Any = load_calculator(calculator) if calculator else load_model(checkpoint)
     radii = graph_cutoff(energy, Crystals.from_structures(structures), cutoff).tolist()
-    table = measure(energy, structures, seed=seed, cutoff=cutoff).rename(columns={"material_id": "worst crystal"})
+    table = measure(energy, structures, seed=seed, cutoff=cutoff, progress=sys.stderr.isatty())
+    table = table.rename(columns={"material_id": "worst crystal"})
     names = [f"{path} ({structure.composition.reduced_formula})" for path, structure in zip(files, structures)]
     reach = " … ".join(dict.fromkeys(f"{radius:.3g}" for radius in (min(radii), max(radii))))
     print(f"{calculator or checkpoint} on {', '.join(names)}; cutoff looked for at {reach} Å")
