@@ -379,10 +379,13 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], replace: bool = T
             file.flush()
             os.fsync(file.fileno())
         try:
-            (Path.replace if replace else os.link)(temporary, path)
+            if not replace:
+                os.link(temporary, path)
         except FileExistsError:
             raise
-        except OSError:  # a file system without links
+        except OSError:  # a file system without links, where a race cannot be seen
+            replace = True
+        if replace:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -369,6 +369,7 @@ def test_of_two_evaluations_that_begin_at_once_one_finds_the_folder_taken(tmp_pa
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError))  # a file system without links
     (tmp_path / "new").mkdir()
     evaluation.compare_settings(tmp_path / "new", {"seed": 1})
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["settings.json"]
 
 
 @pytest.mark.parametrize(

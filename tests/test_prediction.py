@@ -344,7 +344,7 @@ def test_a_pattern_may_be_a_csv_file_with_a_header(tmp_path):
     for text in ("\ufeff", "# slit 1,5 2\n"):
         (tmp_path / "measured.xy").write_text(text + "\n".join(f"{angle:.1f},{count}" for angle, count in COUNTED))
         np.testing.assert_allclose(read_pattern(tmp_path / "measured.xy"), COUNTED)
-    peaks = pd.DataFrame(COUNTED, columns=["two_theta", "intensity"]).assign(hkl="511 333")  # as written here
+    peaks = pd.DataFrame(COUNTED, columns=["two_theta", "intensity"]).assign(hkl="5 1 1; 3 3 3")  # as written here
     peaks.to_csv(tmp_path / "measured.csv", index=False)
     np.testing.assert_allclose(read_pattern(tmp_path / "measured.csv"), COUNTED)
     peaks.to_csv(tmp_path / "measured.csv")
@@ -686,6 +686,13 @@ def test_an_energy_is_audited(tmp_path, capsys):
         cli.main(["audit", str(other), "--cutoff", "5"])
     with pytest.raises(SystemExit, match=r"error: the calculator fails: .* No EMT-potential for C[ls]"):
         cli.main(["audit", str(other), "--calculator", "ase.calculators.emt:EMT"])
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_warning_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # as it was afterwards
+    monkeypatch.setattr(cli, "predict", lambda **_: warnings.warn("of two\n  lines", stacklevel=1))
+    assert run(capsys, "predict", "NaCl").err == "warning: of two lines\n"
 
 
 class HardCutoff(Calculator):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import numpy as np
 import pytest
+import samplers
 import torch
 from test_energy import NOISY, SMALL, small_model
 
@@ -137,3 +139,11 @@ def test_progress_is_shown_on_request(model, capsys):
     assert not capsys.readouterr().err
     sample_structures(model, ["Fe"], n_samples=1, n_steps=3, progress=True)
     assert "3/3" in capsys.readouterr().err
+
+
+def test_the_comparison_of_samplers_needs_noise_levels(monkeypatch, capsys):
+    command = ["samplers.py", "--dataset", "perov5", "--checkpoint", "perov5_paper"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        samplers.main()
+    assert "expected an energy with noise levels, such as 'perov5'" in capsys.readouterr().err

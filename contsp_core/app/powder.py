@@ -21,7 +21,7 @@ TWO_THETA = (5.0, 90.0)  # degrees, Cu Kα
 def powder_pattern(structure: Structure) -> pd.DataFrame:
     """Peaks of a powder for Cu Kα: columns ``two_theta`` (degrees), ``intensity`` (the highest has 100), ``hkl``.
 
-    Empty where an element has no tabulated scattering power.
+    Planes read ``1 0 11; 3 1 2``. Empty where an element has no tabulated scattering power.
     """
     from pymatgen.analysis.diffraction.xrd import XRDCalculator  # brings a plotting library, which writes to disk
 
