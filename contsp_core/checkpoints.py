@@ -55,7 +55,7 @@ def digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     kinds = {name: (str(tensor.dtype), list(tensor.shape)) for name, tensor in tensors.items()}
     found = hashlib.sha256(json.dumps([kinds, metadata], sort_keys=True).encode())
     for name in sorted(tensors):
-        found.update(tensors[name].numpy().tobytes())
+        found.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

@@ -43,7 +43,7 @@ class ChainState:
     grad_strain: Tensor  # (n_systems, 3, 3) ∂E/∂ε of L exp(ε) at fixed fractional coordinates, for any description
     grad_positions: Tensor  # (n_atoms_total, 3) ∂E/∂X, Å⁻¹
     accepted: Tensor  # (n_systems,) bool, whether the last proposal was accepted
-    n_nonfinite: Tensor  # (n_systems,) proposals so far rejected for a cell beyond these limits, or a non-finite energy
+    n_nonfinite: Tensor  # (n_systems,) proposals so far rejected for a cell beyond these limits, or a number not finite
 
 
 @dataclass(frozen=True)

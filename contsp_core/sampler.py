@@ -184,11 +184,11 @@ def sample_structures(
     from tqdm.auto import tqdm
 
     numbered = n_samples if isinstance(n_samples, range) else None
-    given: dict[str, object] = {"n_steps": n_steps, "batch_atoms": batch_atoms, "seed": seed}
-    given["n_samples"] = n_samples if numbered is None else len(numbered) * (min(numbered, default=0) >= 0)
+    count = n_samples if numbered is None else len(numbered) * (min(numbered, default=0) >= 0)
+    given = {"n_samples": count, "batch_atoms": 1 if batch_atoms is None else batch_atoms, "seed": seed}
     for name, value in given.items():
-        least, left_out = int(name != "seed"), value is None and name in ("n_steps", "batch_atoms")
-        if not left_out and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        least = int(name != "seed")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} is {value!r}, expected an integer ≥ {least}")
     entries = [tuple(sorted(numbers)) for numbers in resolve_species(species)]
     config = sampling_config(model) if n_steps is None else replace(sampling_config(model), n_steps=n_steps)

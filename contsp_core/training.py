@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import copy
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -42,7 +41,7 @@ from contsp_core.crystals import (
     reduce_species,
     similar_elements,
 )
-from contsp_core.data import DATASETS, Split, choose, load_split, retold
+from contsp_core.data import DATASETS, Split, choose, find_checkpoint, git_blob_id, load_split, retold
 from contsp_core.diffusion import contrast_step, random_noise_levels, score_matching_step
 from contsp_core.energy import NOISE_LEVELS, PRESETS, ContinuousCGCNN, EnergyConfig
 from contsp_core.lattice import niggli_reduce
@@ -119,7 +118,7 @@ def contrastive_divergence_step(model: nn.Module, crystals: Crystals, config: Tr
     compositions = [reduce_species(numbers) for numbers in crystals.species]  # Reduce
     species = [expand_composition(c, own, config.expand_p, config.max_atoms) for c, own in zip(compositions, rng)]
     samples, row = _sample(model, species, config, rng)  # Ũ ~ exp(−E / T), by MALA under the current θ
-    real, sampled = model(crystals), model(samples)
+    real, sampled = model(Crystals.cat([crystals, samples])).chunk(2)  # at once: one power iteration, one energy
     gap = real.mean() - sampled.mean()
     penalty = config.energy_penalty * (real.square().mean() + sampled.square().mean())
     (gap + penalty).backward()  # the optimiser's update follows in train_step
@@ -226,8 +225,7 @@ def train_step(
     gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf).item()
     learning_rate = _learning_rate(config, state.update, progress)
     if abs(row["loss"]) <= MAX_LOSS and math.isfinite(gradient_norm):
-        for group in state.optimiser.param_groups:
-            group["lr"] = learning_rate
+        state.optimiser.param_groups[0]["lr"] = learning_rate
         state.optimiser.step()
         decay = min(config.ema_decay, (1 + state.update) / (AVERAGE_WARMUP + state.update))
         for kept, new in zip(state.averaged.parameters(), model.parameters(), strict=True):
@@ -373,10 +371,10 @@ def _begin(job: Job) -> tuple[TrainState, Crystals, list[Crystals]]:
     if job.config.objective == "score_matching" and model.config.noise_max is None:
         raise ValueError("noise_max of the energy is None, but score_matching needs an energy with noise levels")
     data = {"path": Path(split.source.path).name, "blob_id": split.source.blob_id}
-    origin = {"dataset": job.dataset, "data": data, "n_structures": len(crystals)}
-    origin |= {"initial": job.initial and Path(job.initial).name}
-    found_in = [(Path(path).name, hashlib.sha256(Path(path).read_bytes()).hexdigest()) for path in job.negatives]
-    origin |= {"negatives": [f"{name} {digest[:12]}" for name, digest in found_in] or None}
+    origin: dict[str, Any] = {"dataset": job.dataset, "data": data, "n_structures": len(crystals)}
+    paths = [find_checkpoint(job.initial)] if job.initial else [], map(Path, job.negatives)
+    stamps = [[f"{path.name} {git_blob_id(path.read_bytes())[:12]}" for path in part] for part in paths]
+    origin |= {"initial": stamps[0][0] if job.initial else None, "negatives": stamps[1] or None}
     return TrainState(model.to(job.device), job.config, origin), crystals, found
 
 

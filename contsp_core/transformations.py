@@ -165,11 +165,11 @@ def _primitive_one(crystal: Crystals, tolerance: float) -> Crystals:
 
 def random_redescription(crystals: Crystals, rng: torch.Generator) -> Crystals:
     """Compose the re-descriptions in random order, each with probability ½."""
-    names = [name for name, entry in TRANSFORMATIONS.items() if entry.kind == "re-description" and "+" not in name]
-    chosen = torch.rand(len(names), generator=rng) < 0.5
-    for index in torch.randperm(len(names), generator=rng).tolist():
+    functions = [entry.function for entry in TRANSFORMATIONS.values() if entry.kind == "re-description"]
+    chosen = torch.rand(len(functions), generator=rng) < 0.5
+    for index in torch.randperm(len(functions), generator=rng).tolist():
         if chosen[index]:
-            crystals = TRANSFORMATIONS[names[index]].function(crystals, rng)
+            crystals = functions[index](crystals, rng)
     return crystals
 
 

@@ -54,7 +54,7 @@ def trace_update(model: torch.nn.Module, crystal: Crystals, config: TrainConfig,
 
     samples = anneal(energy, start, cooling, rng, record).crystals
     with torch.no_grad():
-        energies = model(crystal).item(), model(samples).item()
+        energies = tuple(model(Crystals.cat([crystal, samples])).tolist())
     snapshots = {name: crystals.to_structures()[0] for name, crystals in chain.items()}
     return Update(crystal.to_structures()[0], composition, snapshots, energies, config.energy_penalty)
 

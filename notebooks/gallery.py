@@ -119,8 +119,8 @@ def main(arguments: Sequence[str]) -> None:
         pd.DataFrame.from_dict(rows, orient="index").rename_axis("formula").astype({"rank": "Int64", "times": "Int64"})
     )
     table.to_csv(options.output, float_format="%.3f")
-    marks = ["✓" if rank == 1 else f"rank {rank}" if rank > 1 else "✗" for rank in table["rank"].fillna(0)]
-    titles = [(f"{latexify(formula)} {mark}", "measured") for formula, mark in zip(MEASURED, marks)]
+    ranks = ["first" if rank == 1 else f"number {rank}" if rank else "not found" for rank in table["rank"].fillna(0)]
+    titles = [(f"{latexify(formula)}, first", f"measured: {rank}") for formula, rank in zip(MEASURED, ranks)]
     made_by = {"checkpoint": options.checkpoint, **vars(config), "n_units": GIVEN_UNITS}
     figure = draw_crystals(pictures, [title for pair in titles for title in pair], n_columns=4)
     save_figure(figure, options.output.with_suffix(".png"), made_by)

@@ -26,8 +26,8 @@ from contsp_core.lattice import niggli
 
 DRAWN = {
     "displacement": "rms displacement per atom (Å)",
-    "strain": "strain of the cell",
-    "drop": "energy drop per atom",
+    "strain": "strain of the cell (no unit)",
+    "drop": "energy drop per atom (no unit)",
 }
 
 
@@ -90,7 +90,7 @@ def draw_minima(table: pd.DataFrame) -> Figure:
             values = np.sort(part[column].clip(lower=1e-4))  # NaN last
             ax.step(values, 100 * np.arange(1, len(values) + 1) / len(values), where="post", color=color, label=name)
         ax.set(xscale="log", xlabel=label, ylabel="crystals (%)", ylim=(0, 103))
-    axes[0, 0].legend()
+    axes[0, 0].legend(title="below 10⁻⁴: at 10⁻⁴", title_fontsize="x-small")
     return figure
 
 

@@ -56,9 +56,12 @@ def training_curves(history: pd.DataFrame, smooth: int = 1) -> Figure:
         for color, (column, label) in zip(COLORS, columns.items()):
             ax.plot(step, history[column], color=color, alpha=0.3 if smooth > 1 else 1, lw=1)
             ax.plot(step, history[column].rolling(smooth, min_periods=1).mean(), color=color, label=label)
-        ax.set(xlabel="update", title=title, ylim=(0, 1) if "acceptance_rate" in columns else None)
+        ax.set(xlabel="update", title=title)
+        if "acceptance_rate" in columns:
+            ax.set_ylim(0, 1)
         if len(columns) > 1:
-            ax.legend()
+            ax.margins(y=0.3)
+            ax.legend(loc="upper right", ncols=len(columns), columnspacing=1, handlelength=1)
         ax.axis("on" if columns else "off")
     return figure
 
@@ -105,6 +108,8 @@ def energy_comparison(
 ) -> Figure:
     """Energy of a sample against that of its reference crystal; below the diagonal the model prefers the sample.
 
+    Samples far out of the references' range are drawn at the edge.
+
     Args:
         reference_energy, sample_energy: (n,), dimensionless, pair by pair.
         matched: (n,), whether the sample matches the reference.
@@ -115,12 +120,14 @@ def energy_comparison(
     figure, ((ax,),) = new_figure(size=(3.2, 3.0))
     match = np.ones(len(sample), bool) if matched is None else np.asarray(matched, bool)
     size = min(12, max(1.5, 6000 / len(sample)))
+    low, high = np.nanmin(reference), np.nanmax(reference)
+    ends = low - (room := 0.5 * (high - low) + 1), high + room
+    sample = sample.clip(*ends)  # NaN stays
     for color, label, chosen in ((COLORS[1], "no match", ~match), (COLORS[0], "match", match)):  # matches on top
         if chosen.any():
             ax.scatter(reference[chosen], sample[chosen], s=size, color=color, alpha=0.6, lw=0, label=label)
-    ends = np.nanmin([reference, sample]), np.nanmax([reference, sample])
     ax.plot(ends, ends, color="0.3", lw=0.8, ls="--")
-    ax.set(xlabel="reference energy (dimensionless)", ylabel="sample energy (dimensionless)")
+    ax.set(xlabel="reference energy (dimensionless)", ylabel="sample energy (dimensionless)", ylim=ends)
     if matched is not None:
         ax.legend(markerscale=math.sqrt(12 / size))
     return figure

@@ -133,8 +133,8 @@ def plot_reliability(chances: np.ndarray, right: np.ndarray, title: str) -> Figu
         inside = places == place
         n, mean, rate = inside.sum(), chances[inside].mean(), right[inside].mean()
         ax.errorbar(mean, rate, np.sqrt(max(rate * (1 - rate), 0.25 / n) / n), fmt="o", color=COLORS[0])
-        ax.annotate(str(n), (mean, rate), textcoords="offset points", xytext=(5, -10), fontsize=7)
-    ax.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(-0.03, 1.03), title=title)
+        ax.annotate(str(n), (mean, rate), textcoords="offset points", xytext=(5, 4), fontsize=7)
+    ax.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(-0.1, 1.1), title=title)
     return figure
 
 

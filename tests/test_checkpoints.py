@@ -250,6 +250,8 @@ def test_foreign_weights_are_refused(tmp_path):
     refused(path, "format 'pt', expected 'contsp-3'")
     save_file({"weight": torch.zeros(3)}, path, {"format": FORMAT})
     refused(path, "is damaged")
+    save_file({"weight": torch.zeros(3, dtype=torch.bfloat16)}, path, {"format": FORMAT})  # numpy has no such numbers
+    refused(path, "is damaged")
 
 
 # Files that are whole, but were made wrong

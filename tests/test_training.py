@@ -29,7 +29,7 @@ from torch import Tensor, distributed, nn
 
 from contsp_core import Crystals, checkpoints, load_model, training
 from contsp_core.checkpoints import read_settings, read_tensors
-from contsp_core.data import load_split, write_whole
+from contsp_core.data import git_blob_id, load_split, write_whole
 from contsp_core.diffusion import random_noise_levels, score_matching_step
 from contsp_core.energy import NOISE_LEVELS, PRESETS, EnergyConfig
 from contsp_core.lattice import niggli
@@ -108,6 +108,15 @@ def test_the_gradient_is_the_one_derived_by_hand(chains, penalty):
     assert row["loss"] == pytest.approx(float(3 * (real.mean() - sampled.mean()) + penalty * 9 * squares), rel=1e-6)
     assert row["gap"] == pytest.approx(row["energy_real"] - row["energy_sample"], rel=1e-6)
     assert row["penalty"] == pytest.approx(row["loss"] - row["gap"], abs=1e-6)
+
+
+def test_both_energies_are_of_one_function(monkeypatch):
+    """A spectrally normalised layer takes a power iteration each time it is called in training."""
+    model, crystals = initial_model(cubic_crystals([3.0]), SMALL, 0).train(), cubic_crystals([3.0, 3.5], torch.float32)
+    monkeypatch.setattr(training, "_sample", lambda *_: (crystals, {}))
+    first, second = (model(crystals).mean().item() for _ in range(2))
+    assert first != second
+    assert contrastive_divergence_step(model, crystals, SHORT, make_rng())["gap"] == pytest.approx(0, abs=1e-7)
 
 
 @pytest.mark.parametrize(("step", "stuck"), [(1e12, 1.0), (1e-12, 0.0)])
@@ -509,7 +518,11 @@ def test_a_run_may_start_from_a_checkpoint(tmp_path):
     run(other)  # of other crystals it learns the cells and volumes
     assert len(before.start_cells) == 6 and len(load_model(other.output).start_cells) == 4
     assert not torch.equal(load_model(other.output).atomic_volume, before.atomic_volume)
-    assert read_settings(second.output)["initial"] == "first.safetensors"
+    name, digest = read_settings(second.output)["initial"].split()
+    assert name == "first.safetensors" and git_blob_id(first.output.read_bytes()).startswith(digest)
+    run(replace(first, config=replace(first.config, seed=1), overwrite=True))
+    with pytest.raises(ValueError, match=r"was saved with initial = first\.safetensors"):  # of the same name
+        run(replace(second, config=replace(second.config, n_updates=3), resume=True))
     with pytest.raises(ValueError, match="score_matching needs an energy with noise levels"):
         run(replace(tiny_job(tmp_path / "third.safetensors"), energy=SMALL))
     run(tiny_job(tmp_path / "paper.safetensors", "contrastive_divergence", n_updates=1))
