@@ -191,11 +191,12 @@ class Crystals:
         return cls.from_arrays(cells, positions, [list(structure.atomic_numbers) for structure in structures], dtype)
 
     def to_structures(self) -> list[Structure]:
-        """One pymatgen structure per crystal, atoms wrapped into the cell."""
+        """One pymatgen structure per crystal, atoms wrapped into the cell; −L for a left-handed L, for CIFs."""
         from pymatgen.core import Lattice, Structure
 
         species: list[Any] = self.species  # pymatgen takes atomic numbers, but its annotations do not say so
         cells = self.cell.detach().cpu().double().numpy()
+        cells = np.where(np.linalg.det(cells) < 0, -1, 1)[:, None, None] * cells
         positions = torch.split(self.positions.detach().cpu().double(), self.n_atoms.tolist())
         return [
             Structure(Lattice(cell), numbers, xyz.numpy(), coords_are_cartesian=True, to_unit_cell=True)

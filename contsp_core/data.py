@@ -209,9 +209,11 @@ def _parse(cif: str) -> Crystals | str:
     import torch
     from pymatgen.io.cif import CifParser
 
-    cif = next((block for block in re.split("(?m)^(?=data_)", cif) if "_atom_site_fract_x" in block), cif)
+    *others, cif = [block for block in re.split("(?m)^(?=data_)", cif) if "_atom_site_fract_x" in block] or [cif]
     try:  # pymatgen raises many kinds, and warns of each coordinate it rounds to a fraction
         with retold("malformed CIF", Exception), warnings.catch_warnings(action="ignore"):
+            if others:
+                raise ValueError("several crystals, expected one")
             parser = CifParser(io.StringIO(cif))
             structure = parser.parse_structures(primitive=False, on_error="raise")[0]
             failure = parser.check(structure)
@@ -330,10 +332,10 @@ def parse_formula(text: str) -> list[int]:
     known = {symbol for symbol, element in Element.__members__.items() if element.Z <= MAX_ATOMIC_NUMBER}
     known -= {"D", "T"}  # pymatgen has them, but TIO2 should not be a hydride
     text = unicodedata.normalize("NFKC", text) if isinstance(text, str) else text  # SrTiO₃
-    symbols = re.findall("[A-Z][a-z]*", str(text).replace("@", ""))
+    symbols = re.findall("[A-Z][a-z]*", str(text))
     unknown = [symbol for symbol in symbols if symbol not in known]
     parts = [set(re.findall("[A-Z][a-z]*", part)) for part in str(text).split()]
-    several = re.search(r"-|\s\d", str(text)) or sum(map(len, parts)) > len(set[str]().union(*parts))  # CaO 2TiO2
+    several = re.search(r"[-@]|\s\d", str(text)) or sum(map(len, parts)) > len(set[str]().union(*parts))  # CaO 2TiO2
     counts: Mapping[Any, float] = {}
     with suppress(Exception):  # pymatgen raises several kinds
         counts = Composition(text, strict=True).element_composition
@@ -341,7 +343,7 @@ def parse_formula(text: str) -> list[int]:
     sound = 0 < sum(counts.values()) <= MAX_FORMULA_ATOMS and not any(n % 1 for n in counts.values())
     if unknown or none or several or not sound:
         problem = f": element {unknown[0]!r} is unknown" if unknown else " cannot be read"
-        expected = f'expected something like "BaTiO3", Z ≤ {MAX_ATOMIC_NUMBER}, ≤ {MAX_FORMULA_ATOMS} atoms'
+        expected = f'expected one like "BaTiO3" or "CuSO4(H2O)5", Z ≤ {MAX_ATOMIC_NUMBER}, ≤ {MAX_FORMULA_ATOMS} atoms'
         raise ValueError(f"formula {text!r}{problem}, {expected}")
     return [element.Z for element, n in counts.items() for _ in range(round(n))]
 

@@ -187,9 +187,8 @@ def sample_structures(
     count = n_samples if numbered is None else len(numbered) * (min(numbered, default=0) >= 0)
     given = {"n_samples": count, "batch_atoms": 1 if batch_atoms is None else batch_atoms, "seed": seed}
     for name, value in given.items():
-        least = int(name != "seed")
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} is {value!r}, expected an integer ≥ {least}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < (name != "seed"):
+            raise ValueError(f"{name} is {value!r}, expected an integer ≥ {int(name != 'seed')}")
     entries = [tuple(sorted(numbers)) for numbers in resolve_species(species)]
     config = sampling_config(model) if n_steps is None else replace(sampling_config(model), n_steps=n_steps)
     with retold(f"device is {device!r}, which fails", RuntimeError, AssertionError):

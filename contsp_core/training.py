@@ -502,7 +502,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _parse_arguments(arguments: Sequence[str]) -> Job:
-    parser = argparse.ArgumentParser(prog="python -m contsp_core.training", description=__doc__.splitlines()[0])
+    prog = "contsp train" if Path(sys.argv[0]).name == "contsp" else "python -m contsp_core.training"
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
     parser.epilog = "example: contsp train --dataset perov5 --minutes 60 --output runs/perov5.safetensors"
     parser.add_argument("--dataset", required=True, choices=DATASETS)
     parser.add_argument("--output", type=Path, help="checkpoint to write (default runs/<dataset>.safetensors)")

@@ -116,9 +116,11 @@ def test_derived_quantities_are_those_of_pymatgen():
 def test_the_way_to_pymatgen_and_back_keeps_the_solid(crystal):
     (structure,) = crystal.to_structures()
     again = Crystals.from_structures([structure], dtype=torch.float64)
-    torch.testing.assert_close(again.cell, crystal.cell)
+    hand = torch.linalg.det(crystal.cell).sign()
+    torch.testing.assert_close(again.cell, hand * crystal.cell)  # the same lattice, right-handed
+    torch.testing.assert_close(torch.linalg.det(again.cell), crystal.volume)
     assert again.species == crystal.species
-    shift = again.frac_coords - crystal.frac_coords
+    shift = again.frac_coords - hand * crystal.frac_coords
     torch.testing.assert_close(shift, shift.round(), rtol=0, atol=1e-9)
     assert (structure.frac_coords >= -1e-9).all() and (structure.frac_coords <= 1 + 1e-9).all()
 

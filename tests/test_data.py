@@ -98,13 +98,14 @@ def error_of(*args: object, kind: type[Exception] = ValueError, **kwargs: object
     [
         re.sub(r"(?m)^_chemical_formula.*\n", "", GOOD).replace("  Na  Na0", "  Na1+  Na0"),
         "data_global\n_journal_name_full 'Acta Cryst.'\n" + GOOD.replace("# generated using pymatgen\n", ""),
-        GOOD + GOOD.replace("data_NaCl", "data_second").replace("5.64000000", "6.00000000"),  # the first counts
     ],
 )
 def test_a_cif_need_not_have_a_formula_or_a_single_block(cif: str) -> None:
     assert cif != GOOD
     (crystal,) = data.parse_cifs([cif])
     assert crystal.species == [[11, 17]] and float(crystal.volume) == pytest.approx(5.64**3)
+    (crystal,) = data.parse_cifs([cif + GOOD.replace("data_NaCl", "data_second")])
+    assert crystal == "malformed CIF: ValueError: several crystals, expected one"
 
 
 # --- a split is a sequence -------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -281,6 +282,18 @@ def test_half_of_the_samples_deleted_come_back_with_the_same_scores(checkpoint, 
     assert contents(tmp_path).keys() == before.keys()
     for (got, _), (expected, _) in zip(values(again), values(first), strict=True):
         assert got == pytest.approx(expected, abs=1e-3, nan_ok=True)
+
+
+@pytest.mark.parametrize("source", ["chains", "start_descended"])
+def test_samples_that_cannot_be_read_are_told_but_where_a_descent_leaves_atoms_on_each_other(
+    checkpoint, tmp_path, source
+):
+    settings = EvaluationConfig(source=source, n_structures=2, n_samples=2, n_steps=2, n_jobs=1)
+    evaluate_checkpoint(checkpoint, "prototypes", tmp_path, settings)
+    sorted(tmp_path.glob("*/*.cif"))[0].write_text("data_none")
+    told = pytest.warns(UserWarning, match="1 CIF files cannot be read")
+    with told if source == "chains" else nullcontext():
+        assert evaluate_checkpoint(checkpoint, "prototypes", tmp_path, settings).summary["scores"]["n_missing"] == 1
 
 
 def values(result):

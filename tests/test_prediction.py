@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ import pandas as pd
 import pytest
 import ranking
 from ase.calculators.calculator import Calculator
+from ase.calculators.emt import EMT
 from ase.neighborlist import neighbor_list
 from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Composition, Lattice, Structure
@@ -38,14 +41,16 @@ from contsp_core.app.prediction import (
     plan,
     predict,
     prototype,
+    tabulate,
 )
 from contsp_core.checkpoints import save_checkpoint
 from contsp_core.csp.candidates import TemplateLibrary, space_group, standardise
-from contsp_core.data import load_split
+from contsp_core.data import CHECKPOINTS, git_blob_id, load_split
 from contsp_core.energy import ContinuousCGCNN, EnergyConfig
 
 NACL, SRTIO3 = [11, 17], [38, 22, 8, 8, 8]
 ROCK_SALT = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+FACES = [[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]]
 CAESIUM = Structure(Lattice.cubic(3.5), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
 QUICK = PredictConfig(n_samples=3, n_steps=6, n_units=(1, 2), n_jobs=1, n_best=3)
 
@@ -394,6 +399,14 @@ def test_ranking_by_a_pattern_keeps_crystals_and_rows_together(prediction):
     assert found.table["energy"].iloc[0] == prediction.table["energy"].iloc[-1]
 
 
+def test_a_pattern_finds_its_crystal_below_the_ones_of_lowest_energy(model, prediction):
+    """Only so many crystals are kept: with a pattern, those that fit it."""
+    assert len(prediction.groups) > 1
+    measured, one = measure(prediction.best[-1]), replace(QUICK, n_best=1)
+    assert predict(model, "NaCl", one).best[0].properties == prediction.best[0].properties
+    assert predict(model, "NaCl", one, measured=measured).best[0].properties == prediction.best[-1].properties
+
+
 # On disk
 
 
@@ -410,8 +423,9 @@ def test_each_crystal_is_written_in_four_formats_that_agree_and_name_what_made_t
         atoms = ase.io.read(stem.with_suffix(".extxyz"))
         assert atoms.info["learned_energy_per_atom"] == pytest.approx(structure.properties["energy"], abs=1e-6)
         assert atoms.cell.volume == pytest.approx(structure.volume, rel=1e-5)
-        symmetrised = Structure.from_file(written / f"{stem.name}_symmetrised.cif")
-        assert space_group(symmetrised) == table.loc[rank, "space group"]
+        symmetrised = written / f"{stem.name}_symmetrised.cif"
+        assert space_group(Structure.from_file(symmetrised)) == table.loc[rank, "space group"]
+        assert symmetrised.read_text().startswith("# before symmetrising: learned_energy_per_atom ")
         peaks = pd.read_csv(written / f"{stem.name}_xrd.csv", dtype={"hkl": str})
         assert peaks["intensity"].max() == pytest.approx(100)
         assert peaks["hkl"].tolist() == powder_pattern(standardise(structure))["hkl"].tolist()
@@ -419,6 +433,35 @@ def test_each_crystal_is_written_in_four_formats_that_agree_and_name_what_made_t
     assert origin["checkpoint"] == "prototypes"
     assert origin["settings"]["n_samples"] == 3
     assert (written / "candidates.png").stat().st_size > 1000
+
+
+@pytest.mark.filterwarnings("ignore:Issues encountered")
+def test_a_symmetrised_file_holds_the_crystal_of_the_table_however_distorted_it_is(prediction, tmp_path):
+    """Operations found at a loose tolerance may be of a higher group than the coordinates obey, and double atoms."""
+    rng = np.random.default_rng(30)
+    cell = 3.75 * np.eye(3) @ (np.eye(3) + 0.01 * rng.normal(size=(3, 3)))
+    distorted = Structure(cell, ["Au", "Cu", "Cu", "Cu"], np.array(FACES) + 0.01 * rng.normal(size=(4, 3)))
+    distorted.properties["energy"] = 0.0
+    found = replace(prediction, groups=[[distorted]], table=tabulate([[distorted]]))
+    folder = write_prediction(found, tmp_path / "Cu3Au", provenance(identify("prototypes"), QUICK, found))
+    read, group = Structure.from_file(folder / "01_Cu3Au_symmetrised.cif"), found.table["space group"].iloc[0]
+    assert read.composition.reduced_formula == "Cu3Au" and space_group(read, 1e-3) == group == "Cm (8)"
+
+
+@pytest.mark.filterwarnings("ignore:Issues encountered")
+def test_a_left_handed_description_is_written_as_the_same_hand_in_all_files(prediction, tmp_path):
+    quartz = Structure.from_spacegroup(
+        "P3_121", Lattice.hexagonal(4.913, 5.405), ["Si", "O"], [[0.4697, 0, 1 / 3], [0.4135, 0.2669, 0.4524]]
+    )
+    crystals = Crystals.from_structures([quartz])
+    order = [1, 0, 2]  # of the lattice vectors: atoms stay where they are
+    (left,) = crystals.replace(cell=crystals.cell[:, order]).to_structures()
+    assert np.linalg.det(left.lattice.matrix) > 0 and space_group(left) == "P3_121 (152)"
+    left.properties["energy"] = 0.0
+    found = replace(prediction, groups=[[left]], table=tabulate([[left]]))
+    folder = write_prediction(found, tmp_path / "SiO2", provenance(identify("prototypes"), QUICK, found))
+    for name in ("01_SiO2.cif", "01_SiO2.vasp", "01_SiO2_symmetrised.cif"):
+        assert space_group(Structure.from_file(folder / name)) == "P3_121 (152)"
 
 
 def test_a_folder_appears_whole_or_not_at_all(prediction, tmp_path, monkeypatch):
@@ -539,6 +582,20 @@ def test_a_calculator_relaxes_ranks_and_may_fail_on_one_crystal(prediction, tmp_
     assert f"learned_energy_per_atom {found.table['energy'].iloc[-1]}" in last and "eV" not in last
 
 
+def test_crystals_that_relax_into_one_are_one(prediction):
+    """Copper stretched along an axis, found twice, and copper as it is, found once."""
+    stretched, copper = (Structure(Lattice.tetragonal(3.6 / s, 3.6 * s**2), ["Cu"] * 4, FACES) for s in (1.1, 1.0))
+    groups = [[stretched, stretched], [copper]]
+    for energy, group in enumerate(groups):
+        group[0].properties = {"energy": float(energy), "source": "chains"}
+    table = tabulate(groups).assign(confidence=[0.3, 0.2])
+    found = replace(prediction, groups=groups, table=table).relaxed(EMT())
+    assert [len(group) for group in found.groups] == [3] and found.table["found"].tolist() == [3]
+    assert found.table["space group"].tolist() == ["Fm-3m (225)"]
+    assert found.table["confidence"].tolist() == pytest.approx([0.5])
+    assert "energy: before relaxing" in found.summary() and "right number of formula units" in found.summary()
+
+
 def test_a_number_beyond_the_memory_is_told_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("contsp_core.app.prediction.predict", Mock(side_effect=MemoryError))
     with pytest.raises(SystemExit, match=r"^error: MemoryError: a number is too large$"):
@@ -572,11 +629,41 @@ def test_what_changes_while_chains_run_changes_no_record(model, tmp_path, monkey
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_a_measured_pattern_reaches_the_table_and_its_file(tmp_path, capsys):
+def test_a_measured_pattern_reaches_the_table_and_its_file(tmp_path, capsys, monkeypatch):
     np.savetxt(tmp_path / "measured.xy", measure(ROCK_SALT))
     run(capsys, "predict", "NaCl", *QUICKLY, "--output", str(tmp_path), "--xrd", str(tmp_path / "measured.xy"))
     assert pd.read_csv(tmp_path / "NaCl" / "candidates.csv")["xrd"].between(0, 1).all()
-    assert json.loads((tmp_path / "NaCl" / "candidates.json").read_text())["xrd"].endswith("measured.xy")
+    assert json.loads((tmp_path / "NaCl" / "candidates.json").read_text())["xrd"].startswith("measured.xy ")
+    command = ("predict", "NaCl", *QUICKLY, "--output", str(tmp_path), "--xrd", str(tmp_path / "measured.xy"))
+    agreements = pd.read_csv(tmp_path / "NaCl" / "candidates.csv")["xrd"]
+    seen, found = [], predict
+    monkeypatch.setattr(
+        "contsp_core.app.prediction.predict", lambda *given, **more: seen.append(more) or found(*given, **more)
+    )
+    run(capsys, *command, "--n-best", "1", "--overwrite")  # of all, the one that fits best
+    assert pd.read_csv(tmp_path / "NaCl" / "candidates.csv")["xrd"].tolist() == [agreements.max()]
+    np.testing.assert_allclose(seen[0]["measured"], measure(ROCK_SALT))
+    np.savetxt(tmp_path / "measured.xy", measure(CAESIUM))  # of another sample
+    command = (*command, "--n-best", "1")
+    with pytest.raises(SystemExit, match=r"was made with xrd='measured\.xy \w+', not 'measured\.xy \w+'"):
+        cli.main([*command, "--resume"])
+
+
+def test_a_judge_is_known_by_its_content():
+    name, digest = identify("mp20")["judge"].split()
+    assert name == "mp20_judge" and git_blob_id((CHECKPOINTS / f"{name}.safetensors").read_bytes())[:12] == digest
+    assert identify("prototypes")["judge"] is None
+
+
+def test_a_bundled_checkpoint_is_the_same_by_name_and_by_path(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("contsp_core.app.prediction.CALIBRATED", {"prototypes": (1.0, 2.0, -1.0)})
+    seen = []
+    monkeypatch.setattr("contsp_core.app.prediction.predict", lambda *given, **_: seen.append(given[2]) or 1 / 0)
+    shutil.copy(CHECKPOINTS / "prototypes.safetensors", tmp_path)  # of the same name only
+    for checkpoint in ("prototypes", CHECKPOINTS / "prototypes.safetensors", tmp_path / "prototypes.safetensors"):
+        with pytest.raises(ZeroDivisionError):
+            cli.main(["predict", "NaCl", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")])
+    assert [config.confidence for config in seen] == [(1.0, 2.0, -1.0), (1.0, 2.0, -1.0), None]
 
 
 def test_a_calculator_that_fails_on_all_crystals_is_an_error_and_loses_none(tmp_path, capsys):
@@ -594,7 +681,8 @@ def test_a_calculator_that_fails_on_all_crystals_is_an_error_and_loses_none(tmp_
 
 
 def test_a_formula_that_fails_does_not_stop_the_others(tmp_path, capsys):
-    arguments = ("predict", "Na7Cl5", "NaCl", *QUICKLY, "--source", "templates", "--output", str(tmp_path))
+    quickly = QUICKLY[:4] + QUICKLY[6:]  # templates have no chains, and no steps
+    arguments = ("predict", "Na7Cl5", "NaCl", *quickly, "--source", "templates", "--output", str(tmp_path))
     with pytest.raises(SystemExit, match="error: Na7Cl5 failed"):
         cli.main(arguments)
     assert "Na7Cl5: error: formula 'Na7Cl5' has no template" in capsys.readouterr().err
@@ -618,8 +706,13 @@ def test_a_formula_that_fails_does_not_stop_the_others(tmp_path, capsys):
         (["NaCl", "--xrd", "nowhere.xy"], "xrd file 'nowhere.xy' cannot be read"),
         (["nowhere.csv"], "'nowhere.csv' cannot be read as CSV"),
         (["bad.csv"], "'bad.csv', row 2"),
-        (["other.csv"], "expected a column 'formula'"),
-        (["surplus.csv"], "'surplus.csv', row 2: ValueError: 1 columns have names, but the row has more fields"),
+        (["other.csv"], "'other.csv' has 1 rows of name, expected some, with a column 'formula'"),
+        (["surplus.csv"], "'surplus.csv', row 2: ValueError: 1 columns have names, but the row has other fields"),
+        (["short.CSV"], "'short.CSV', row 2: ValueError: 2 columns have names, but the row has other fields"),
+        (["empty.csv"], "'empty.csv' has 0 rows of formula, expected some, with a column 'formula'"),
+        (["SiO2@C"], "formula 'SiO2@C' cannot be read"),
+        (["NaCl", "--source", "templates", "--n-steps", "9"], "n_steps and minutes are for chains"),
+        (["NaCl", "--source", "templates", "--minutes", "9"], "n_steps and minutes are for chains"),
         (["NaCl", "--output", "sealed"], "sealed' cannot be written: PermissionError"),
         (["NaCl", "--output", "bad.csv"], "bad.csv"),
         (["NaCl", "--output", "full"], "exists; --resume leaves it out, --overwrite replaces it"),
@@ -633,6 +726,8 @@ def test_what_is_wrong_is_told_in_one_line_before_any_work(arguments, message, t
     (tmp_path / "bad.csv").write_text("formula\nNaCl\nNaXx\n")
     (tmp_path / "other.csv").write_text("name\nNaCl\n")
     (tmp_path / "surplus.csv").write_text("\ufeffformula\nNaCl\nTiO2,NaCl\n")
+    (tmp_path / "short.CSV").write_text("name,formula\nsalt,NaCl\nrutile\n")
+    (tmp_path / "empty.csv").write_text("formula\n")
     (tmp_path / "full" / "NaCl").mkdir(parents=True)
     if "sealed" in arguments:
         monkeypatch.setattr("tempfile.TemporaryFile", Mock(side_effect=PermissionError("no")))
@@ -678,8 +773,15 @@ def test_an_energy_is_audited(tmp_path, capsys):
         with pytest.raises(SystemExit, match=rf"bad\.cif' cannot be read as a crystal: .*{message}"):
             cli.main(["audit", str(other), str(tmp_path / "bad.cif")])
     Structure(Lattice.cubic(4), [{"Cu": 0.5, "Au": 0.5}], [[0, 0, 0]]).to(str(tmp_path / "bad.cif"))
-    with pytest.raises(SystemExit, match=r"bad\.cif' cannot be audited: .* disordered"):
+    with pytest.raises(SystemExit, match=r"bad\.cif' cannot be read as a crystal: .* disordered"):
         cli.main(["audit", str(other), str(tmp_path / "bad.cif")])
+    (tmp_path / "two.cif.gz").write_bytes(gzip.compress(path.read_bytes() + other.read_bytes()))
+    (tmp_path / "sum.cif").write_text(other.read_text().replace("'Cs1 Cl1'", "'Cs1 Cl2'"))
+    (tmp_path / "POSCAR").write_text("salt\n1\n4 0 0\n0 4 0\n0 0 4\n1 1\ndirect\n0 0 0\n.5 .5 .5\n")
+    bad = {"two.cif.gz": "several crystals", "sum.cif": "Cl", "POSCAR": "BadPoscarWarning"}
+    for name, message in bad.items():
+        with pytest.raises(SystemExit, match=rf"{name}' cannot be read as a crystal: .*{message}"):
+            cli.main(["audit", str(other), str(tmp_path / name)])
     with pytest.raises(SystemExit, match="error: seed is -1, expected 0"):
         cli.main(["audit", str(other), "--seed", "-1"])
     with pytest.raises(SystemExit, match=r"error: cutoff is 5\.0, expected a length > 0, for --calculator"):

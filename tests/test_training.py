@@ -112,11 +112,11 @@ def test_the_gradient_is_the_one_derived_by_hand(chains, penalty):
 
 def test_both_energies_are_of_one_function(monkeypatch):
     """A spectrally normalised layer takes a power iteration each time it is called in training."""
-    model, crystals = initial_model(cubic_crystals([3.0]), SMALL, 0).train(), cubic_crystals([3.0, 3.5], torch.float32)
+    crystals = cubic_crystals([3.0, 3.5], torch.float32)
+    one, other = (initial_model(crystals, SMALL, 0).train() for _ in range(2))
     monkeypatch.setattr(training, "_sample", lambda *_: (crystals, {}))
-    first, second = (model(crystals).mean().item() for _ in range(2))
-    assert first != second
-    assert contrastive_divergence_step(model, crystals, SHORT, make_rng())["gap"] == pytest.approx(0, abs=1e-7)
+    assert abs((one(crystals).mean() - one(crystals).mean()).item()) > 1e-4
+    assert contrastive_divergence_step(other, crystals, SHORT, make_rng())["gap"] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize(("step", "stuck"), [(1e12, 1.0), (1e-12, 0.0)])

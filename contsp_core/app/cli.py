@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--minutes", type=float, help="start no more chains after so long, for each formula")
     own.add_argument("--seed", type=int, default=0)
     own.add_argument("--n-jobs", type=int, default=-1, help="processes (default: all cores)")
-    own.add_argument("--calculator", metavar="MODULE:CLASS", help="ASE calculator to relax and rank them with")
+    own.add_argument("--calculator", metavar="MODULE:CLASS", help="ASE calculator to relax and rank those kept")
     own.add_argument("--xrd", type=Path, metavar="FILE", help="measured powder pattern (Cu Kα) to rank by")
     existing = own.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="leave out formulas predicted with these settings")
@@ -114,9 +114,9 @@ def predict(
     formulas: Sequence[str], checkpoint: str, output: Path, resume: bool, overwrite: bool, **options: Any
 ) -> None:
     """``contsp predict``: what is wrong with the arguments is found before the first chain."""
-    from contsp_core.data import find_checkpoint, retold
+    from contsp_core.data import CHECKPOINTS, find_checkpoint, git_blob_id, retold
 
-    given, _ = read_formulas(formulas), find_checkpoint(checkpoint)  # before what takes seconds to import
+    given, path = read_formulas(formulas), find_checkpoint(checkpoint)  # before what takes seconds to import
     from pymatgen.core import Composition
 
     from contsp_core import load_model
@@ -128,14 +128,15 @@ def predict(
 
     name, pattern, output = options.pop("calculator"), options.pop("xrd"), output.absolute()
     options["n_units"] = options["n_units"] and tuple(options["n_units"])
-    config = search.PredictConfig(**options, confidence=search.CALIBRATED.get(checkpoint))
+    bundled = path.stem if path.resolve().parent == CHECKPOINTS.resolve() else ""
+    config = search.PredictConfig(**options, confidence=search.CALIBRATED.get(bundled))
     model, identity = load_model(checkpoint), files.identify(checkpoint)
     with warnings.catch_warnings(action="ignore"):  # of elements without electronegativity
         names = list(dict.fromkeys(Composition(Counter(numbers)).reduced_formula for numbers in given))
     plans = {formula: search.plan(model, formula, config) for formula in names}
     calculator = name and load_calculator(name)
     measured = None if pattern is None else read_pattern(pattern)
-    others = {"calculator": name, "xrd": pattern and str(pattern)}
+    others = {"calculator": name, "xrd": pattern and f"{pattern.name} {git_blob_id(pattern.read_bytes())[:12]}"}
     for formula in names:
         if resume and files.is_finished(output / formula):
             files.check_same(output / formula, identity | {"settings": asdict(config)} | others)
@@ -156,7 +157,7 @@ def predict(
         for text in (search.describe_cells(model, species), *(f"warning: {doubt}" for doubt in doubts)):
             print(f"{formula}: {text}", file=sys.stderr)
         try:
-            prediction = search.predict(model, formula, config, library, progress=True)
+            prediction = search.predict(model, formula, config, library, progress=True, measured=measured)
             prediction = prediction.relaxed(calculator, config.n_jobs) if calculator else prediction
             prediction = prediction if measured is None else prediction.compared(measured)
             without = bool(calculator) and "calculator_energy" not in prediction.table
@@ -184,19 +185,19 @@ def read_formulas(entries: Sequence[str]) -> list[list[int]]:
 
     found = []
     for entry in entries:
-        if not entry.endswith(".csv"):
+        if not entry.lower().endswith(".csv"):
             found.append(parse_formula(entry))
             continue
         with retold(f"{entry!r} cannot be read as CSV", OSError, ValueError, csv.Error):
             text = Path(entry).read_text(encoding="utf-8-sig")
-            rows = list(csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True))
+            rows = list(table := csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True))
         if not rows or "formula" not in rows[0]:
-            columns = ", ".join(map(str, rows[0])) if rows else "none"
-            raise ValueError(f"{entry!r} has {len(rows)} rows of {columns}, expected a column 'formula'")
+            columns = ", ".join(map(str, table.fieldnames or ["none"]))
+            raise ValueError(f"{entry!r} has {len(rows)} rows of {columns}, expected some, with a column 'formula'")
         for number, row in enumerate(rows, start=1):
             with retold(f"{entry!r}, row {number}", ValueError):
-                if None in row:
-                    raise ValueError(f"{len(row) - 1} columns have names, but the row has more fields")
+                if None in row or row["formula"] is None:
+                    raise ValueError(f"{len(table.fieldnames or ())} columns have names, but the row has other fields")
                 found.append(parse_formula(row["formula"]))
     return found
 
@@ -236,24 +237,30 @@ def evaluate(
 
 def audit(files: Sequence[Path], checkpoint: str, calculator: str | None, cutoff: float | None, seed: int) -> None:
     """``contsp audit``: the table of :func:`contsp_core.invariance.audit`."""
+    from monty.io import zopen
     from pymatgen.core import Structure
+    from pymatgen.io.vasp.inputs import BadPoscarWarning
 
-    from contsp_core.data import find_checkpoint, retold
+    from contsp_core.data import find_checkpoint, parse_cifs, retold
 
     if not 0 <= seed < 2**62:
         raise ValueError(f"seed is {seed}, expected 0 … {2**62 - 1}")
     if cutoff is not None and not (calculator and 0 < cutoff < math.inf):
         raise ValueError(f"cutoff is {cutoff}, expected a length > 0, for --calculator")
+    calculator or find_checkpoint(checkpoint)
     structures = []
     for path in files:
         with retold(f"{str(path)!r} cannot be read as a crystal", Exception):  # pymatgen raises many kinds
-            text = path.read_text(errors="replace") if path.suffix.lower() == ".cif" else ""
-            if len(re.findall(r"^\s*_atom_site_fract_x", text, re.MULTILINE)) > 1:
-                raise ValueError("it holds several crystals, expected one")
-            with warnings.catch_warnings(action="ignore"):
-                structures.append(Structure.from_file(path))
+            if re.search(r"\.cif(\.|$)", path.name, re.IGNORECASE):
+                with zopen(path, "rt", encoding="utf-8", errors="replace") as file:
+                    (crystal,) = parse_cifs([file.read()])
+                if isinstance(crystal, str):
+                    raise ValueError(crystal)
+                structures += crystal.to_structures()
+            else:
+                with warnings.catch_warnings(action="error", category=BadPoscarWarning):  # elements are not named
+                    structures.append(Structure.from_file(path))
         structures[-1].properties = {"material_id": str(path)}
-    calculator or find_checkpoint(checkpoint)
     from contsp_core import Crystals, load_model
     from contsp_core.app.calculators import load_calculator
     from contsp_core.invariance import audit as measure

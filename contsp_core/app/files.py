@@ -22,7 +22,7 @@ from contsp_core.app.prediction import PredictConfig, Prediction
 from contsp_core.checkpoints import read_settings
 from contsp_core.csp.candidates import standardise
 from contsp_core.csp.figures import draw_crystals
-from contsp_core.data import find_checkpoint, one_line, retold
+from contsp_core.data import find_checkpoint, git_blob_id, one_line, retold
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +38,8 @@ def identify(checkpoint: str | Path) -> dict[str, Any]:
     path, header = find_checkpoint(checkpoint), read_settings(checkpoint)
     trained_on = {name: header.get(name) for name in ("dataset", "n_structures", "data")}
     identity = {"checkpoint": path.stem, "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    return identity | {"trained_on": trained_on, "judge": header.get("judge")}
+    judge = (name := header.get("judge")) and f"{name} {git_blob_id(find_checkpoint(name).read_bytes())[:12]}"
+    return identity | {"trained_on": trained_on, "judge": judge}
 
 
 def provenance(identity: dict[str, Any], config: PredictConfig, prediction: Prediction) -> dict[str, Any]:
@@ -120,9 +121,10 @@ def _write_crystal(structure: Structure, stem: Path, origin: dict[str, Any]) -> 
     with warnings.catch_warnings(action="ignore"):  # of elements without electronegativity
         writers = {"": CifWriter(structure), "_symmetrised": CifWriter(symmetric)}
         with suppress(Exception):  # spglib finds no symmetry
-            writers["_symmetrised"] = CifWriter(symmetric, symprec=0.1)
+            writers["_symmetrised"] = CifWriter(symmetric, symprec=1e-3)  # a looser one may find yet another crystal
         for ending, writer in writers.items():
-            stem.with_name(f"{stem.name}{ending}.cif").write_text(f"# {comment}\n{writer}")
+            told = "before symmetrising: " * bool(ending)
+            stem.with_name(f"{stem.name}{ending}.cif").write_text(f"# {told}{comment}\n{writer}")
     poscar = Poscar(structure, comment=f"{name}, {comment}", sort_structure=True)
     poscar.write_file(str(stem.with_suffix(".vasp")))
     atoms = AseAtomsAdaptor.get_atoms(structure, msonable=False)

@@ -63,6 +63,8 @@ class PredictConfig:
     def __post_init__(self) -> None:
         check_limits(self.n_jobs)
         check_settings(self, seed=(0, 2**62), n_jobs=(-1, 2**62))
+        if self.source == "templates" and (self.n_steps or self.minutes):
+            raise ValueError("n_steps and minutes are for chains, not for source 'templates'")
         units = self.n_units
         if units is not None and not (isinstance(units, tuple) and all(type(n) is int and n > 0 for n in units or [0])):
             raise ValueError(f"n_units is {self.n_units}, expected a tuple of integers ≥ 1, or None")
@@ -90,12 +92,19 @@ class Prediction:
         numbered = [structure.copy() for structure in self.best]
         for place, structure in enumerate(numbered):
             structure.properties = structure.properties | {"place": place}  # copies share theirs
-        found = sorted(relax_and_rank(numbered, calculator), key=candidates.is_crowded)
-        places = [structure.properties.pop("place") for structure in found]
-        groups = [[structure, *self.groups[place][1:]] for structure, place in zip(found, places)]
+        found = relax_and_rank(numbered, calculator)
+        done = [structure for structure in found if "calculator_energy" in structure.properties]
+        rank = {id(structure): place for place, structure in enumerate(sorted(found, key=candidates.is_crowded))}
+        groups = candidates.rank_distinct(done) if done else []  # some have become the same
+        known = {id(structure) for group in groups for structure in group}
+        groups = [sorted(group, key=lambda s: rank[id(s)]) for group in groups]
+        groups += [[structure] for structure in found if id(structure) not in known]
+        groups.sort(key=lambda group: rank[id(group[0])])
+        places = [[structure.properties.pop("place") for structure in group] for group in groups]
+        groups = [group + [s for n in own for s in self.groups[n][1:]] for group, own in zip(groups, places)]
         table = tabulate(groups, n_jobs)
         if "confidence" in self.table:
-            table.insert(1, "confidence", [self.table["confidence"].iloc[place] for place in places])
+            table.insert(1, "confidence", [self.table["confidence"].iloc[own].sum() for own in places])
         return replace(self, groups=groups, table=table)
 
     def compared(self, measured: np.ndarray) -> Prediction:
@@ -110,7 +119,8 @@ class Prediction:
     def summary(self) -> str:
         """The table for a terminal."""
         text = self.table.drop(columns=["α", "β", "γ", "at 0.01 Å", "at 0.3 Å"]).round(3).to_string()
-        units = UNITS + ("; calculator_energy: eV/atom" if "calculator_energy" in self.table else "")
+        units = UNITS + ("; calculator_energy: eV/atom, energy: before relaxing" * ("calculator_energy" in self.table))
+        units += "; confidence: if the cell has the right number of formula units" * ("confidence" in self.table)
         return "\n".join([text, units, *([TOO_CLOSE] if "too close" in self.table else ())])
 
 
@@ -181,6 +191,7 @@ def predict(
     library: candidates.TemplateLibrary | None = None,
     progress: bool = False,
     stop: Callable[[], bool] | None = None,
+    measured: np.ndarray | None = None,
 ) -> Prediction:
     """The crystals that a formula may have, from an energy that knows nothing but the formula.
 
@@ -193,6 +204,7 @@ def predict(
         library: training crystals, needed for the sources ``templates`` and ``both``.
         progress: show a progress bar where standard error is a terminal.
         stop: asked before every ``ROUND`` chains of each size whether to end with what was found.
+        measured: a powder pattern; the crystals kept are those that agree best, not those of lowest energy.
 
     Text that is no formula, cells that are too large, a library that is missing, and nothing found are a ValueError.
     """
@@ -217,6 +229,8 @@ def predict(
     if config.confidence and as_calibrated and len(species) == 1 and sound.any():
         chances[sound] = confidence(energies[sound], counts[sound] / len(made), config.confidence)
     order = np.lexsort((energies, -chances, ~sound))
+    if measured is not None:
+        order = np.lexsort((-np.array([agreement(group[0], measured) for group in groups]), ~sound))
     table = tabulate(kept := [groups[i] for i in order[: config.n_best]], config.n_jobs)
     if chances.any():
         table.insert(1, "confidence", chances[order[: config.n_best]])

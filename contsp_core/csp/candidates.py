@@ -35,7 +35,6 @@ from contsp_core.lattice import apply_strain, niggli
 from contsp_core.mala import where
 
 SOURCES = ("chains", "start", "start_descended", "templates", "templates_relaxed")
-WITHOUT_MODEL = ("templates",)
 N_STEPS = {"templates_relaxed": 20}  # energy gradients a candidate; what descends takes as many as a chain
 N_DESCENT = 60  # gradients from the end of a chain down its well
 CLOSEST = 0.6  # of the sum of covalent radii (Cordero et al., Dalton Trans. 2832 (2008)); bundled crystals have ≥ 0.70
@@ -74,7 +73,7 @@ def make_candidates(
         raise ValueError(f"source is {source!r}, expected one of {', '.join(SOURCES)}")
     if n_samples < 1:
         raise ValueError(f"n_samples is {n_samples}, expected ≥ 1")
-    if model is None and source not in WITHOUT_MODEL:
+    if model is None and source != "templates":
         raise ValueError(f"model is None, expected one for source {source!r}")
     if library is None and source.startswith("templates"):
         raise ValueError(f"library is None, expected the training crystals for source {source!r}")
