@@ -45,7 +45,7 @@ from contsp_core.app.prediction import (
 )
 from contsp_core.checkpoints import save_checkpoint
 from contsp_core.csp.candidates import TemplateLibrary, space_group, standardise
-from contsp_core.data import CHECKPOINTS, git_blob_id, load_split
+from contsp_core.data import CHECKPOINTS, DATA_DIR, git_blob_id, load_split
 from contsp_core.energy import ContinuousCGCNN, EnergyConfig
 
 NACL, SRTIO3 = [11, 17], [38, 22, 8, 8, 8]
@@ -829,6 +829,20 @@ def test_templates_that_a_checkpoint_was_not_trained_on_are_told(model, tmp_path
         with warnings.catch_warnings(record=True, action="always") as caught:
             assert TemplateLibrary.of_checkpoint(path).structures
         assert ["is not what" in str(warning.message) for warning in caught] == [True] * (blob_id[0] == "0")
+
+
+@pytest.mark.filterwarnings("ignore:.*is not what")
+def test_a_prediction_by_other_templates_is_not_kept(tmp_path, capsys, monkeypatch):
+    quickly = QUICKLY[:4] + QUICKLY[6:]
+    command = ("predict", "NaCl", *quickly, "--source", "templates", "--output", str(tmp_path / "out"))
+    run(capsys, *command)
+    assert "kept as it is" in run(capsys, *command, "--resume").err
+    (tmp_path / "prototypes").mkdir()
+    given = (DATA_DIR / "prototypes" / "train.csv").read_text()
+    (tmp_path / "prototypes" / "train.csv").write_text(given + "\n")
+    monkeypatch.setenv("CONTSP_DATA_DIR", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"NaCl' was made with templates='\w+', not '\w+'"):
+        cli.main([*command, "--resume"])
 
 
 def test_a_package_that_is_missing_is_told_with_the_extra_that_brings_it(monkeypatch):
