@@ -10,6 +10,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from pymatgen.core import Lattice
 
 from contsp_core import Crystals
 from contsp_core.lattice import (
@@ -124,7 +125,6 @@ def _spglib_metric(cell: np.ndarray, tolerance: float) -> np.ndarray | None:
 
 
 def _pymatgen_metric(cell: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> np.ndarray | None:
-    from pymatgen.core import Lattice
 
     # It ends with a search for the orientation that never ends on needles; the metric is known before that.
     monkeypatch.setattr(Lattice, "find_mapping", lambda _self, other, *_args, **_kwargs: (other, None, None))
@@ -348,8 +348,8 @@ def test_fractional_coordinates_are_those_of_pymatgen_and_lead_back() -> None:
     frac = crystals.frac_coords
     torch.testing.assert_close(crystals.multiply_rows(frac, crystals.cell), crystals.positions)
     reference = [
-        structure.lattice.get_fractional_coords(xyz.numpy())
-        for structure, xyz in zip(crystals.to_structures(), crystals.positions.split(crystals.n_atoms.tolist()))
+        Lattice(cell.numpy()).get_fractional_coords(xyz.numpy())
+        for cell, xyz in zip(crystals.cell, crystals.positions.split(crystals.n_atoms.tolist()))
     ]
     np.testing.assert_allclose(frac.numpy(), np.concatenate(reference), rtol=1e-9, atol=1e-9)
 

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import IO
 
@@ -467,7 +466,7 @@ def test_a_run_tells_data_from_negatives(tmp_path, monkeypatch):
     for crystals, wrong, _ in pairs:
         assert torch.equal(crystals.atomic_numbers, wrong.atomic_numbers) and torch.equal(crystals.cell, wrong.cell)
     assert all(0 < float(row["contrast"]) < 50 and 0 <= float(row["told_apart"]) <= 1 for row in log_of(whole))
-    digest = sha256(found.read_bytes()).hexdigest()
+    digest = git_blob_id(found.read_bytes())
     assert read_settings(whole.output)["negatives"] == 2 * [f"found.npz {digest[:12]}"]
     part = replace(whole, output=tmp_path / "part.safetensors")
     run(part, lambda row: os.kill(os.getpid(), signal.SIGINT) if row["update"] == 2 else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gzip
 import io
 import math
 import re
@@ -239,7 +240,6 @@ def evaluate(
 
 def audit(files: Sequence[Path], checkpoint: str, calculator: str | None, cutoff: float | None, seed: int) -> None:
     """``contsp audit``: the table of :func:`contsp_core.invariance.audit`."""
-    from monty.io import zopen
     from pymatgen.core import Structure
     from pymatgen.io.vasp.inputs import BadPoscarWarning
 
@@ -254,7 +254,8 @@ def audit(files: Sequence[Path], checkpoint: str, calculator: str | None, cutoff
     for path in files:
         with retold(f"{str(path)!r} cannot be read as a crystal", Exception):  # pymatgen raises many kinds
             if re.search(r"\.cif(\.|$)", path.name, re.IGNORECASE):
-                with zopen(path, "rt", encoding="utf-8", errors="replace") as file:
+                open_file = gzip.open if path.suffix == ".gz" else open
+                with open_file(path, "rt", encoding="utf-8", errors="replace") as file:
                     (crystal,) = parse_cifs([file.read()])
                 if isinstance(crystal, str):
                     raise ValueError(crystal)
