@@ -125,7 +125,6 @@ def _spglib_metric(cell: np.ndarray, tolerance: float) -> np.ndarray | None:
 
 
 def _pymatgen_metric(cell: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> np.ndarray | None:
-
     # It ends with a search for the orientation that never ends on needles; the metric is known before that.
     monkeypatch.setattr(Lattice, "find_mapping", lambda _self, other, *_args, **_kwargs: (other, None, None))
     try:
