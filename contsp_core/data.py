@@ -119,6 +119,11 @@ def git_blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
+def stamp(path: Path) -> str:
+    """By what a run knows a file that it was made from: its name, and the first digits of its SHA-256."""
+    return f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+
+
 def _from_csv(path: Path, name: str, split: str) -> Split:
     """Parsed once, and from then on found in the cache; a packed file is read up to ``MAX_CSV_BYTES`` only."""
     open_file = gzip.open if path.suffix == ".gz" else Path.open
@@ -145,8 +150,7 @@ def _union(split: str, on_error: str) -> Split:
     ids = [UNION[part.name] + material_id for part in own for material_id in part.material_ids]
     formulas = [row.tobytes() for row in contsp_core.crystals.reduce_counts(crystals.element_counts.numpy())]
     held_out = {*formulas[len(ids) :]}
-    first = {ids[row]: row for row in reversed(range(len(ids))) if formulas[row] not in held_out}
-    rows = sorted(first.values())
+    rows = sorted({ids[row]: row for row in reversed(range(len(ids))) if formulas[row] not in held_out}.values())
     blob_id = git_blob_id("\n".join(part.source.blob_id for part in parts).encode())
     source = Source(" + ".join(UNION), blob_id, blob_id == _official_blob("mp", split))
     skipped = tuple(bad for part in own for bad in part.skipped)

@@ -114,11 +114,9 @@ def element_distances() -> np.ndarray:
     """
     from pymatgen.core import Element
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pymatgen warns of each element without electronegativity or radius
+    with warnings.catch_warnings(action="ignore"):  # of each element without electronegativity or radius
         elements = [Element.from_Z(number) for number in range(1, MAX_ATOMIC_NUMBER + 1)]
-        rows = [[element.mendeleev_no, element.X, element.atomic_radius or math.nan] for element in elements]
-    properties = np.array(rows, dtype=float)
+        properties = np.array([[e.mendeleev_no, e.X, e.atomic_radius or math.nan] for e in elements], dtype=float)
     properties = (properties - np.nanmean(properties, axis=0)) / np.nanstd(properties, axis=0)
     properties = np.nan_to_num(np.vstack([np.zeros(3), properties]))  # row 0 is no element
     return np.linalg.norm(properties[:, None] - properties[None], axis=-1)
@@ -201,8 +199,8 @@ def sample_structures(
         for batch in batches:
             rng = [keyed_rng(seed, numbers, number) for numbers, number in chains[batch]]
             numbers, places = zip(*chains[batch])
-            start = start_crystals(model, numbers, rng, places)
-            crystals = run_chains(model, start, config, rng, lambda *_: bar.update())
+            crystals = start_crystals(model, numbers, rng, places)
+            crystals = run_chains(model, crystals, config, rng, lambda *_: bar.update())
             with torch.no_grad():
                 energies = model(crystals).tolist()
             for (numbers, _), structure, energy in zip(chains[batch], crystals.to_structures(), energies, strict=True):

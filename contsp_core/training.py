@@ -41,7 +41,7 @@ from contsp_core.crystals import (
     reduce_species,
     similar_elements,
 )
-from contsp_core.data import DATASETS, Split, choose, find_checkpoint, git_blob_id, load_split, retold
+from contsp_core.data import DATASETS, Split, choose, find_checkpoint, load_split, retold, stamp
 from contsp_core.diffusion import contrast_step, random_noise_levels, score_matching_step
 from contsp_core.energy import NOISE_LEVELS, PRESETS, ContinuousCGCNN, EnergyConfig
 from contsp_core.lattice import niggli_reduce
@@ -223,9 +223,8 @@ def train_step(
     if n_ranks > 1:
         row = _average_over_ranks(state, row, weight)
     gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf).item()
-    learning_rate = _learning_rate(config, state.update, progress)
+    learning_rate = state.optimiser.param_groups[0]["lr"] = _learning_rate(config, state.update, progress)
     if abs(row["loss"]) <= MAX_LOSS and math.isfinite(gradient_norm):
-        state.optimiser.param_groups[0]["lr"] = learning_rate
         state.optimiser.step()
         decay = min(config.ema_decay, (1 + state.update) / (AVERAGE_WARMUP + state.update))
         for kept, new in zip(state.averaged.parameters(), model.parameters(), strict=True):
@@ -372,9 +371,8 @@ def _begin(job: Job) -> tuple[TrainState, Crystals, list[Crystals]]:
         raise ValueError("noise_max of the energy is None, but score_matching needs an energy with noise levels")
     data = {"path": Path(split.source.path).name, "blob_id": split.source.blob_id}
     origin: dict[str, Any] = {"dataset": job.dataset, "data": data, "n_structures": len(crystals)}
-    paths = [find_checkpoint(job.initial)] if job.initial else [], map(Path, job.negatives)
-    stamps = [[f"{path.name} {git_blob_id(path.read_bytes())[:12]}" for path in part] for part in paths]
-    origin |= {"initial": stamps[0][0] if job.initial else None, "negatives": stamps[1] or None}
+    origin["initial"] = stamp(find_checkpoint(job.initial)) if job.initial else None
+    origin["negatives"] = [stamp(Path(path)) for path in job.negatives] or None
     return TrainState(model.to(job.device), job.config, origin), crystals, found
 
 

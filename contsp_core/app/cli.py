@@ -115,7 +115,7 @@ def predict(
     formulas: Sequence[str], checkpoint: str, output: Path, resume: bool, overwrite: bool, **options: Any
 ) -> None:
     """``contsp predict``: what is wrong with the arguments is found before the first chain."""
-    from contsp_core.data import CHECKPOINTS, find_checkpoint, git_blob_id, load_split, retold
+    from contsp_core.data import CHECKPOINTS, find_checkpoint, load_split, retold, stamp
 
     given, path = read_formulas(formulas), find_checkpoint(checkpoint)  # before what takes seconds to import
     from pymatgen.core import Composition
@@ -137,7 +137,7 @@ def predict(
     plans = {formula: search.plan(model, formula, config) for formula in names}
     calculator = name and load_calculator(name)
     measured = None if pattern is None else read_pattern(pattern)
-    others = {"calculator": name, "xrd": pattern and f"{pattern.name} {git_blob_id(pattern.read_bytes())[:12]}"}
+    others = {"calculator": name, "xrd": pattern and stamp(pattern)}
     if config.source != "chains" and (dataset := identity["trained_on"]["dataset"]):
         others["templates"] = load_split(dataset, "train").source.blob_id
     for formula in names:

@@ -22,7 +22,7 @@ from contsp_core.app.prediction import PredictConfig, Prediction
 from contsp_core.checkpoints import read_settings
 from contsp_core.csp.candidates import standardise
 from contsp_core.csp.figures import draw_crystals
-from contsp_core.data import find_checkpoint, git_blob_id, one_line, retold
+from contsp_core.data import find_checkpoint, one_line, retold, stamp
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,8 +38,8 @@ def identify(checkpoint: str | Path) -> dict[str, Any]:
     path, header = find_checkpoint(checkpoint), read_settings(checkpoint)
     trained_on = {name: header.get(name) for name in ("dataset", "n_structures", "data")}
     identity = {"checkpoint": path.stem, "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    judge = (name := header.get("judge")) and f"{name} {git_blob_id(find_checkpoint(name).read_bytes())[:12]}"
-    return identity | {"trained_on": trained_on, "judge": judge}
+    judge = header.get("judge")
+    return identity | {"trained_on": trained_on, "judge": judge and stamp(find_checkpoint(judge))}
 
 
 def provenance(identity: dict[str, Any], config: PredictConfig, prediction: Prediction) -> dict[str, Any]:

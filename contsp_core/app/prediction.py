@@ -94,12 +94,10 @@ class Prediction:
             structure.properties = structure.properties | {"place": place}  # copies share theirs
         found = relax_and_rank(numbered, calculator)
         done = [structure for structure in found if "calculator_energy" in structure.properties]
-        rank = {id(structure): place for place, structure in enumerate(sorted(found, key=candidates.is_crowded))}
-        groups = candidates.rank_distinct(done) if done else []  # some have become the same
-        known = {id(structure) for group in groups for structure in group}
-        groups = [sorted(group, key=lambda s: rank[id(s)]) for group in groups]
-        groups += [[structure] for structure in found if id(structure) not in known]
-        groups.sort(key=lambda group: rank[id(group[0])])
+        groups = candidates.rank_distinct(done, key="calculator_energy") if done else []  # some have become the same
+        known = {structure.properties["place"] for group in groups for structure in group}
+        groups += [[structure] for structure in found if structure.properties["place"] not in known]
+        groups.sort(key=lambda group: candidates.is_crowded(group[0]))
         places = [[structure.properties.pop("place") for structure in group] for group in groups]
         groups = [group + [s for n in own for s in self.groups[n][1:]] for group, own in zip(groups, places)]
         table = tabulate(groups, n_jobs)

@@ -244,25 +244,25 @@ def _descend(energy: Callable[..., Tensor], crystals: Crystals, n_steps: int, *l
     return crystals
 
 
-def rank_distinct(structures: Sequence[Structure], time_limit_s: float = 10.0) -> list[list[Structure]]:
-    """Groups of structures that are the same crystal, each sorted by energy, and so are the groups by their best.
+def rank_distinct(structures: Sequence[Structure], key: str = "energy") -> list[list[Structure]]:
+    """Groups of structures that are the same crystal, each sorted by a property, and so are the groups by their best.
 
     Structures without volume, or with atoms closer than 0.5 Å, are dropped. Two are the same if ``StructureMatcher``
     says so at its default tolerances (0.2, 0.3, 5°), whatever their volume and cell; each joins the group with the
-    lowest energy whose best one it matches. A comparison that exceeds the time limit (s) counts as different. It is a
-    ValueError if nothing was given or a structure has no ``properties["energy"]``.
+    lowest ``properties[key]`` whose best one it matches. A comparison that exceeds ten seconds counts as
+    different. It is a ValueError if nothing was given or a structure lacks the property.
     """
-    if not structures or any("energy" not in structure.properties for structure in structures):
-        raise ValueError("structures is empty or one has no properties['energy'], expected ≥ 1 structure, all with it")
+    if not structures or any(key not in structure.properties for structure in structures):
+        raise ValueError(f"structures is empty or one has no properties[{key!r}], expected ≥ 1 structure, all with it")
     valid = [structure for structure in structures if is_valid_structure(structure, charge_neutrality=False)]
-    valid = sorted(valid, key=lambda structure: structure.properties["energy"])
-    cells = run_with_time_limit(_reduce, [(structure,) for structure in valid], 1, time_limit_s, progress=False)
+    valid = sorted(valid, key=lambda structure: structure.properties[key])
+    cells = run_with_time_limit(_reduce, [(structure,) for structure in valid], 1, progress=False)
     rest, groups = list(zip(valid, cells, strict=True)), list[list[Structure]]()
     while rest:
         (first, cell), *others = rest
         alike = [len(other or ()) == len(cell or ()) for _, other in others]  # None is the same as nothing
         tasks = [(cell, other) for _, other in itertools.compress(others, alike)]
-        answers = iter(run_with_time_limit(_is_same, tasks, 1, time_limit_s, progress=False))
+        answers = iter(run_with_time_limit(_is_same, tasks, 1, progress=False))
         same = [likely and bool(next(answers)) for likely in alike]
         groups.append([first, *(structure for (structure, _), found in zip(others, same) if found)])
         rest = [other for other, found in zip(others, same) if not found]

@@ -6,7 +6,6 @@ Sample, keep, compare, write. Samples lie in ``<output_dir>/<material_id>/<sampl
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import pickle
@@ -29,7 +28,7 @@ from contsp_core.checkpoints import load_model, read_settings
 from contsp_core.crystals import check_settings, reduce_counts
 from contsp_core.csp.candidates import N_STEPS, SOURCES, TemplateLibrary, make_candidates, with_energies
 from contsp_core.csp.metrics import LISTS, check_limits, evaluate_csp, run_with_time_limit, spread
-from contsp_core.data import Split, choose, find_checkpoint, load_split, parse_cifs, retold, write_whole
+from contsp_core.data import Split, choose, find_checkpoint, load_split, parse_cifs, retold, stamp, write_whole
 from contsp_core.energy import ContinuousCGCNN, portable
 from contsp_core.sampler import sampling_config, training_counts
 
@@ -138,7 +137,7 @@ def _load(checkpoint: str | Path | None, dataset: str, settings: EvaluationConfi
     model = None if checkpoint is None else load_model(checkpoint, settings.device)
     names = [] if checkpoint is None else [checkpoint, read_settings(checkpoint).get("judge")]
     paths = list(map(find_checkpoint, filter(None, names)))
-    digest = " + ".join(f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" for path in paths) or None
+    digest = " + ".join(map(stamp, paths)) or None
     split = load_split(dataset, settings.split)
     chosen = split.select(choose(range(len(split)), settings.n_structures, settings.seed))
     record = dict[str, Any](source=settings.source, checkpoint=digest, dataset=chosen.name, split=chosen.split)
