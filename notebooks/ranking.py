@@ -2,64 +2,71 @@
 
 ``python notebooks/ranking.py --dataset mp20`` samples validation crystals, fits the confidence of ``app.prediction``
 to half of them, tests it on the other half, and writes ``figures/04_confidence_mp20.csv`` and ``.png``. With
-``--source templates_relaxed`` it ranks known crystals with their elements exchanged.
+``--source templates_relaxed`` it ranks known crystals with their elements exchanged. Cells have the right number of
+formula units, or with ``--choose-units`` those that ``contsp predict`` would try.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections import deque
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 from parameters import output_file
 from pymatgen.core import Structure
 from scipy.optimize import minimize
+from tqdm import tqdm
 
 from contsp_core import Crystals, load_model
-from contsp_core.app.prediction import confidence
+from contsp_core.app.files import identify
+from contsp_core.app.prediction import PredictConfig, confidence, plan
 from contsp_core.csp.candidates import N_DESCENT, SOURCES, descend, rank_distinct, with_energies
-from contsp_core.csp.evaluation import EvaluationConfig, evaluate_checkpoint
+from contsp_core.csp.evaluation import EvaluationConfig, compare_settings, evaluate_checkpoint, write_text
 from contsp_core.csp.figures import COLORS, new_figure, save_figure, styled
 from contsp_core.csp.metrics import run_with_time_limit, score_pair
-from contsp_core.energy import ContinuousCGCNN
+from contsp_core.data import choose, load_split
+from contsp_core.energy import ContinuousCGCNN, portable
+from contsp_core.sampler import sample_structures
 
 LEVELS = (0.1, 0.15, 0.2, 0.3, 0.4)  # Å
 LEVEL_NAMES = [f"{energy} {sigma} Å" for energy in ("E", "judge") for sigma in LEVELS]
 REFERENCE_NAMES = [f"reference {name}" for name in LEVEL_NAMES]
 BINS = np.array([0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
+Found = tuple[list[list[Structure]], int]  # the crystals of one formula, and of how many candidates
 
 
-def rank_all(model: ContinuousCGCNN, references: list[Structure], samples: list[list[Structure]]) -> pd.DataFrame:
-    """A row a crystal found: ``formula`` (its number), ``share`` of the candidates, energies, whether it is right.
+def settle(model: ContinuousCGCNN, drawn: list[Structure]) -> Found:
+    """What samples of one formula end in; each knows its place among them."""
+    settled = with_energies(model.judge, descend(model, [s for s in drawn if s is not None], N_DESCENT))
+    for place, structure in enumerate(settled):
+        structure.properties["place"] = place
+    return rank_distinct(settled) if settled else [], len(settled)
 
-    ``first`` is the place of the first of its candidates.
+
+def rank(model: ContinuousCGCNN, reference: Structure, groups: list[list[Structure]], n_made: int) -> pd.DataFrame:
+    """A row a crystal found: ``share`` of the candidates, ``energy``, whether it is ``right``, energies by level.
+
+    ``first`` is the place of the first of its candidates, if they have one.
     """
-    rows, known = [], dict(zip(REFERENCE_NAMES, at_levels(model, references)))
-    for number, (reference, drawn) in enumerate(zip(references, samples, strict=True)):
-        settled = with_energies(model.judge, descend(model, [s for s in drawn if s is not None], N_DESCENT))
-        for place, structure in enumerate(settled):
-            structure.properties["place"] = place
-        groups = rank_distinct(settled) if settled else []
-        if not groups:  # a formula without an answer
-            rows.append(
-                {"formula": number, "share": 1.0, "first": 0, "energy": 0.0, "right": False}
-                | dict.fromkeys(LEVEL_NAMES, np.inf)
-            )
-            continue
-        best = [group[0] for group in groups]
-        scores = run_with_time_limit(score_pair, [(s, reference) for s in best], 1, progress=False)
-        levels = dict(zip(LEVEL_NAMES, at_levels(model, best)))
-        for place, (group, score) in enumerate(zip(groups, scores, strict=True)):
-            right = score is not None and score.strict
-            row = {"formula": number, "share": len(group) / len(settled), "energy": group[0].properties["energy"]}
-            row |= {"first": min(structure.properties["place"] for structure in group)}
-            rows.append(row | {name: values[place] for name, values in levels.items()} | {"right": right})
-    table = pd.DataFrame(rows)
-    return table.assign(**{name: np.array(values)[table["formula"]] for name, values in known.items()})
+    known = dict(zip(REFERENCE_NAMES, (level[0] for level in at_levels(model, [reference]))))
+    if not groups:  # a formula without an answer
+        none = {"share": 1.0, "first": 0, "energy": 0.0, "right": False}
+        return pd.DataFrame([none | dict.fromkeys(LEVEL_NAMES, np.inf) | known])
+    best, shares = [group[0] for group in groups], [len(group) / n_made for group in groups]
+    scores = run_with_time_limit(score_pair, [(s, reference) for s in best], 1, progress=False)
+    table = pd.DataFrame({"share": shares, "energy": [s.properties["energy"] for s in best]})
+    table["first"] = [min(structure.properties.get("place", 0) for structure in group) for group in groups]
+    table["right"] = [score is not None and score.strict for score in scores]
+    return table.assign(**dict(zip(LEVEL_NAMES, at_levels(model, best))), **known)
 
 
 def at_levels(model: ContinuousCGCNN, structures: list[Structure]) -> list[list[float]]:
@@ -138,12 +145,49 @@ def plot_reliability(chances: np.ndarray, right: np.ndarray, title: str) -> Figu
     return figure
 
 
+def sample_all(options: argparse.Namespace, folder: Path) -> pd.DataFrame:
+    """The rows of :func:`rank` of all formulas, numbered in ``formula``, from samples in cells of the right size."""
+    settings = EvaluationConfig(options.source, "val", options.n_structures, options.n_samples)
+    found = evaluate_checkpoint(options.checkpoint, options.dataset, folder, settings)
+    model, pairs = load_model(options.checkpoint), zip(found.references.structures, found.predictions, strict=True)
+    return numbered(rank(model, reference, *settle(model, drawn)) for reference, drawn in pairs)
+
+
+def predict_all(options: argparse.Namespace, folder: Path) -> pd.DataFrame:
+    """The same as ``contsp predict`` finds them; what is in the folder already is not made again."""
+    model, split = load_model(options.checkpoint), load_split(options.dataset, "val")
+    settings = {"dataset": options.dataset, "data": split.source.blob_id, "n_structures": options.n_structures}
+    compare_settings(folder, identify(options.checkpoint) | settings | {"n_samples": options.n_samples})
+    chosen = split.select(choose(range(len(split)), options.n_structures))
+    paths = [folder / f"{number:05}.csv" for number in range(len(chosen))]
+    missing = [pair for pair in zip(paths, chosen.structures, strict=True) if not pair[0].is_file()]
+    missing.sort(key=lambda pair: -len(pair[1]))  # the slowest first
+    work = delayed(partial(predict_one, portable(model), options.n_samples))
+    made = Parallel(-1, return_as="generator_unordered")(work(*pair) for pair in missing)
+    deque(tqdm(made, "formulas", len(missing)), maxlen=0)
+    return numbered(map(pd.read_csv, paths))
+
+
+def predict_one(model: ContinuousCGCNN, n_samples: int, path: Path, reference: Structure) -> None:
+    """Write the rows of one formula, in cells of the sizes that :func:`plan` chooses."""
+    torch.set_num_threads(1)
+    species, _ = plan(model, reference.composition.reduced_formula, PredictConfig())
+    drawn = list(itertools.chain.from_iterable(sample_structures(model, species, n_samples)))
+    write_text(path, rank(model, reference, *settle(model, drawn)).to_csv(index=False))
+
+
+def numbered(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """One table, with the number of the formula in its first column."""
+    return pd.concat(dict(enumerate(tables)), names=["formula", None]).reset_index("formula").reset_index(drop=True)
+
+
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="mp20")
-    parser.add_argument("--checkpoint")
+    parser.add_argument("--checkpoint", help="default: that of the data set's name")
     parser.add_argument("--source", default="chains", choices=SOURCES)
+    parser.add_argument("--choose-units", action="store_true", help="cells of the sizes that contsp predict would try")
     parser.add_argument("--n-structures", type=int, default=150)
     parser.add_argument("--n-samples", type=int, default=20)
     parser.add_argument("--samples", type=Path, help="folder of the samples (default runs/ranking_<dataset>)")
@@ -151,14 +195,14 @@ def main() -> None:
         "--output", type=output_file(".csv"), help="a .csv (default figures/04_confidence_<dataset>.csv)"
     )
     options = parser.parse_args()
+    options.checkpoint = options.checkpoint or options.dataset
     name = options.dataset if options.source == "chains" else f"{options.dataset}_{options.source}"
+    name += "_predicted" if options.choose_units else ""
     output = options.output or Path(__file__).parent.parent / "figures" / f"04_confidence_{name}.csv"
-    settings = {"n_structures": options.n_structures, "n_samples": options.n_samples}
-    settings = EvaluationConfig(options.source, "val", **settings)
-    checkpoint = options.checkpoint or options.dataset
+    if options.choose_units and options.source != "chains":
+        parser.error("--choose-units is for --source chains")
     folder = options.samples or Path(__file__).parent.parent / "runs" / f"ranking_{name}"
-    found = evaluate_checkpoint(checkpoint, options.dataset, folder, settings)
-    table = rank_all(load_model(checkpoint), found.references.structures, found.predictions)
+    table = (predict_all if options.choose_units else sample_all)(options, folder)
     table.to_csv(output, index=False, float_format="%.5g")
     even = table["formula"] % 2 == 0
     report(table[even], table[~even], output, options)

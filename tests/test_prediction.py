@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import gzip
 import hashlib
@@ -46,7 +47,7 @@ from contsp_core.app.prediction import (
 )
 from contsp_core.checkpoints import save_checkpoint
 from contsp_core.csp.candidates import TemplateLibrary, space_group, standardise
-from contsp_core.data import CHECKPOINTS, DATA_DIR, load_split
+from contsp_core.data import CHECKPOINTS, DATA_DIR, choose, load_split
 from contsp_core.energy import ContinuousCGCNN, EnergyConfig
 
 NACL, SRTIO3 = [11, 17], [38, 22, 8, 8, 8]
@@ -312,6 +313,25 @@ def test_the_fit_recovers_what_made_the_data():
         rows += [(formula, e, s, place == right) for place, (e, s) in enumerate(zip(energies, shares))]
     table = pd.DataFrame(rows, columns=["formula", "energy", "share", "right"])
     assert ranking.fit(table).tolist() == pytest.approx(truth, rel=0.3, abs=0.3)
+
+
+def test_the_confidence_is_fitted_to_what_a_prediction_finds(model, tmp_path):
+    """In cells of all sizes that are tried, not of the right one; what was found already is kept."""
+    options = argparse.Namespace(dataset="prototypes", checkpoint="prototypes", n_structures=2, n_samples=2)
+    table = ranking.predict_all(options, tmp_path)
+    split = load_split("prototypes", "val")
+    for number, crystal in enumerate(split.select(choose(range(len(split)), 2)).structures):
+        found = predict(model, crystal.composition.reduced_formula, PredictConfig(n_samples=2, n_best=2, n_jobs=1))
+        rows = table[table["formula"] == number].sort_values("energy").head(2)
+        assert rows["energy"].tolist() == pytest.approx(found.table["energy"].tolist(), rel=1e-3)
+        assert rows["share"].tolist() == pytest.approx([len(group) / found.n_made for group in found.groups])
+    (tmp_path / "00001.csv").unlink()
+    kept = (tmp_path / "00000.csv").stat().st_mtime_ns
+    pd.testing.assert_frame_equal(ranking.predict_all(options, tmp_path), table, rtol=1e-3)
+    assert (tmp_path / "00000.csv").stat().st_mtime_ns == kept
+    options.n_samples = 3
+    with pytest.raises(ValueError, match="samples made with n_samples=2, expected 3"):
+        ranking.predict_all(options, tmp_path)
 
 
 # Powder patterns
