@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from contsp_core import Crystals, load_model
 from contsp_core.app.files import identify
-from contsp_core.app.prediction import PredictConfig, confidence, plan
+from contsp_core.app.prediction import CALIBRATED, PredictConfig, confidence, plan
 from contsp_core.csp.candidates import N_DESCENT, SOURCES, descend, rank_distinct, with_energies
 from contsp_core.csp.evaluation import EvaluationConfig, compare_settings, evaluate_checkpoint, write_text
 from contsp_core.csp.figures import COLORS, new_figure, save_figure, styled
@@ -217,14 +217,17 @@ def report(training: pd.DataFrame, testing: pd.DataFrame, output: Path, options:
     rates = {f"first is right, {name}": compare(part, parameters) for name, part in both.items()}
     columns = pd.DataFrame(rates | {"a wrong one lies below, all": wrong_below(both["all"])})
     print((100 * columns).round(1).to_string(na_rep=""))
-    parts = [part for _, part in testing.groupby("formula")]
-    chances = [confidence(part["energy"].to_numpy(), part["share"].to_numpy(), parameters) for part in parts]
-    first = np.array([chance.max() for chance in chances])
-    right = np.array([part["right"].to_numpy()[chance.argmax()] for part, chance in zip(parts, chances)])
-    print(
-        f"first answers: confidence {first.mean():.3f} in the mean, right {right.mean():.3f}; "
-        f"Brier score {np.square(first - right).mean():.3f}, of their mean alone {right.var():.3f}"
-    )
+    parts, used = [part for _, part in testing.groupby("formula")], CALIBRATED.get(options.checkpoint)
+    for name, given in {"of contsp predict": used, "fitted here": parameters}.items():
+        if given is not None:
+            energies, shares = ([part[column].to_numpy() for part in parts] for column in ("energy", "share"))
+            chances = [confidence(*one, given) for one in zip(energies, shares, strict=True)]
+            first = np.array([chance.max() for chance in chances])
+            right = np.array([part["right"].to_numpy()[chance.argmax()] for part, chance in zip(parts, chances)])
+            print(
+                f"first answers, a, b, c {name}: confidence {first.mean():.3f} in the mean, right {right.mean():.3f}; "
+                f"Brier score {np.square(first - right).mean():.3f}, of their mean alone {right.var():.3f}"
+            )
     every = np.concatenate(chances), np.concatenate([part["right"].to_numpy() for part in parts])
     save_figure(
         plot_reliability(*every, options.dataset),

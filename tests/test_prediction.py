@@ -183,11 +183,11 @@ def test_confidence_counts_all_crystals_found_however_many_are_kept(model, predi
     assert "confidence" not in prediction.table
 
 
-@pytest.mark.parametrize("n_units", [(1,), (1, 2)])
-def test_confidence_ranks_cells_of_one_size_and_energy_others(model, monkeypatch, n_units):
+@pytest.mark.parametrize("n_units", [(1,), (1, 2), (1, 2, 3)])
+def test_confidence_ranks_cells_of_one_size_and_needs_chains_enough_of_each(model, monkeypatch, n_units):
     """Three chains found rock salt, one the caesium chloride type of lower energy; two others are far too small."""
     monkeypatch.setattr("contsp_core.app.prediction.prototype", space_group)  # a name in less time
-    monkeypatch.setattr("contsp_core.app.prediction.N_CALIBRATED", 1)
+    monkeypatch.setattr("contsp_core.app.prediction.N_CALIBRATED", 3)
     caesium = Structure(Lattice.cubic(3.4), ["Na", "Cl"], [[0, 0, 0], [0.5] * 3], properties={"energy": -1.0})
     salt = ROCK_SALT.copy(properties={"energy": -0.9})
     shrunk = Structure(Lattice.cubic(1.6), ["Na", "Cl"], [[0, 0, 0], [0.5] * 3], properties={"energy": -8.0})
@@ -197,13 +197,15 @@ def test_confidence_ranks_cells_of_one_size_and_energy_others(model, monkeypatch
     monkeypatch.setattr(model, "sampling", replace(model.sampling, n_steps=1))
     config = PredictConfig(n_samples=1, n_units=n_units, n_jobs=1, confidence=(2.0, 1.0, -5.0))
     table = predict(model, "NaCl", config).table
-    if len(n_units) > 1:
-        assert table["energy"].tolist() == [-1.0, -0.9, -9.0]
+    assert table["energy"].tolist() == ([-0.9, -1.0, -9.0] if len(n_units) == 1 else [-1.0, -0.9, -9.0])
+    if len(n_units) == 3:  # six crystals are two of each size
         assert "confidence" not in table
         return
-    assert table["energy"].tolist() == [-0.9, -1.0, -9.0]
-    expected = confidence(np.array([-0.9, -1.0]), np.array([3, 2]) / 6, (2.0, 1.0, -5.0))
-    assert table["confidence"].tolist() == pytest.approx([*expected, 0.0])
+    salt, caesium = confidence(np.array([-0.9, -1.0]), np.array([3, 2]) / 6, (2.0, 1.0, -5.0))
+    assert salt > caesium
+    assert table["confidence"].tolist() == pytest.approx(
+        [salt, caesium, 0] if len(n_units) == 1 else [caesium, salt, 0]
+    )
 
 
 def test_a_stop_ends_the_search_after_the_batch_in_progress_and_changes_no_sample(model, monkeypatch):
@@ -614,7 +616,7 @@ def test_crystals_that_relax_into_one_are_one(prediction):
     assert [len(group) for group in found.groups] == [3] and found.table["found"].tolist() == [3]
     assert found.table["space group"].tolist() == ["Fm-3m (225)"]
     assert found.table["confidence"].tolist() == pytest.approx([0.5])
-    assert "energy: before relaxing" in found.summary() and "right number of formula units" in found.summary()
+    assert "energy: before relaxing" in found.summary() and "that it is the right crystal" in found.summary()
 
 
 def test_relaxed_crystals_are_ranked_by_the_calculator_and_not_as_before(prediction):

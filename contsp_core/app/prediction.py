@@ -40,8 +40,8 @@ MAX_ATOMS = 200  # of a cell
 PART = 10  # chains of each size that run together, if more than every process has
 N_SIZES = 3  # numbers of formula units that are tried, of those that training crystals have
 ROUND = 8  # chains of each size between two looks at the clock
-CALIBRATED = {"mp20": (2.039, 1.664, -3.693)}  # bundled checkpoint -> parameters of confidence
-N_CALIBRATED = 20  # chains for which they were fitted; fewer agree by chance, more were not tried
+CALIBRATED = {"mp20": (1.52, 1.144, -3.116)}  # bundled checkpoint -> parameters of confidence
+N_CALIBRATED = 20  # chains of each size for which they were fitted; fewer agree by chance, more were not tried
 TOO_CLOSE = f"too close: atoms nearer than {candidates.CLOSEST} of the sum of their covalent radii; they come last"
 UNITS = "energy: learned, per atom, no unit; density: g/cm³; V/atom: Å³; shortest, a, b, c: Å; atoms: in a, b, c"
 
@@ -56,7 +56,7 @@ class PredictConfig:
     n_units: tuple[int, ...] | None = None  # in lowest integers (O, HO, not O2, H2O2); None: :func:`choose_units`
     minutes: float | None = None  # of chains; no further ones are started after it, but for a first round
     n_best: int = 10  # crystals kept
-    confidence: tuple[float, float, float] | None = None  # of :func:`confidence`; for cells of one size
+    confidence: tuple[float, float, float] | None = None  # of :func:`confidence`
     seed: int = 0
     n_jobs: int = -1  # processes; -1: all cores
 
@@ -118,7 +118,7 @@ class Prediction:
         """The table for a terminal."""
         text = self.table.drop(columns=["α", "β", "γ", "at 0.01 Å", "at 0.3 Å"]).round(3).to_string()
         units = UNITS + ("; calculator_energy: eV/atom, energy: before relaxing" * ("calculator_energy" in self.table))
-        units += "; confidence: if the cell has the right number of formula units" * ("confidence" in self.table)
+        units += "; confidence: that it is the right crystal" * ("confidence" in self.table)
         return "\n".join([text, units, *([TOO_CLOSE] if "too close" in self.table else ())])
 
 
@@ -223,10 +223,10 @@ def predict(
     groups = [sorted(group, key=candidates.is_crowded) for group in groups]  # comparing them ignores volumes
     sound, chances = np.array([not candidates.is_crowded(group[0]) for group in groups]), np.zeros(len(groups))
     energies, counts = np.array([(group[0].properties["energy"], len(group)) for group in groups]).T
-    as_calibrated = config.source == "chains" and config.n_steps is None and len(made) >= N_CALIBRATED and not doubted
-    if config.confidence and as_calibrated and len(species) == 1 and sound.any():
+    as_calibrated = config.source == "chains" and config.n_steps is None and not doubted
+    if config.confidence and as_calibrated and len(made) >= N_CALIBRATED * len(species) and sound.any():
         chances[sound] = confidence(energies[sound], counts[sound] / len(made), config.confidence)
-    order = np.lexsort((energies, -chances, ~sound))
+    order = np.lexsort((energies, -chances * (len(species) == 1), ~sound))  # of several sizes, small cells recur more
     if measured is not None:
         order = np.lexsort((-np.array([agreement(group[0], measured) for group in groups]), ~sound))
     table = tabulate(kept := [groups[i] for i in order[: config.n_best]], config.n_jobs)
@@ -330,8 +330,8 @@ def confidence(energies: np.ndarray, shares: np.ndarray, parameters: Sequence[fl
     """How likely each crystal of a formula is the right one, (n,), calibrated on validation crystals.
 
     A conditional logit: exp(s) / (exp(c) + Σ exp(s)) with s = a ln(share) − b (E − lowest E); exp(c) stands for a
-    crystal that was not found. ``notebooks/ranking.py`` fits (a, b, c) to 20 chains for each formula in cells with the
-    right number of formula units, and tests them on other formulas. ``energies`` (n,) are per atom, dimensionless;
+    crystal that was not found. ``notebooks/ranking.py --choose-units`` fits (a, b, c) to 20 chains of each size of
+    cell that is tried for a formula, and tests them on other formulas. ``energies`` (n,) are per atom, dimensionless;
     ``shares`` (n,) are those of the candidates that ended in each crystal.
     """
     a, b, c = parameters
