@@ -55,7 +55,7 @@ def settle(model: ContinuousCGCNN, drawn: list[Structure]) -> Found:
 def rank(model: ContinuousCGCNN, reference: Structure, groups: list[list[Structure]], n_made: int) -> pd.DataFrame:
     """A row a crystal found: ``share`` of the candidates, ``energy``, whether it is ``right``, energies by level.
 
-    ``first`` is the place of the first of its candidates, if they have one.
+    ``first`` is the place of the first of its candidates.
     """
     known = dict(zip(REFERENCE_NAMES, (level[0] for level in at_levels(model, [reference]))))
     if not groups:  # a formula without an answer
@@ -64,7 +64,7 @@ def rank(model: ContinuousCGCNN, reference: Structure, groups: list[list[Structu
     best, shares = [group[0] for group in groups], [len(group) / n_made for group in groups]
     scores = run_with_time_limit(score_pair, [(s, reference) for s in best], 1, progress=False)
     table = pd.DataFrame({"share": shares, "energy": [s.properties["energy"] for s in best]})
-    table["first"] = [min(structure.properties.get("place", 0) for structure in group) for group in groups]
+    table["first"] = [min(structure.properties["place"] for structure in group) for group in groups]
     table["right"] = [score is not None and score.strict for score in scores]
     return table.assign(**dict(zip(LEVEL_NAMES, at_levels(model, best))), **known)
 

@@ -619,6 +619,25 @@ def test_crystals_that_relax_into_one_are_one(prediction):
     assert "energy: before relaxing" in found.summary() and "that it is the right crystal" in found.summary()
 
 
+def test_of_relaxed_crystals_that_are_the_same_one_without_atoms_too_close_leads(prediction):
+    """A comparison ignores volumes; the calculator moves nothing, and prefers the smaller."""
+
+    class Squeeze(Calculator):
+        implemented_properties = ("energy", "forces", "stress")
+
+        def calculate(self, atoms=None, properties=("energy",), system_changes=()):
+            super().calculate(atoms, properties, system_changes)
+            self.results = {"energy": self.atoms.get_volume(), "forces": np.zeros((len(self.atoms), 3))}
+            self.results["stress"] = np.zeros(6)
+
+    dense, copper = (Structure(Lattice.cubic(a), ["Cu"] * 4, FACES) for a in (2.0, 3.6))
+    groups = [[dense], [copper]]
+    for energy, group in enumerate(groups):
+        group[0].properties = {"energy": float(energy)}
+    found = replace(prediction, groups=groups, table=tabulate(groups)).relaxed(Squeeze())
+    assert len(found.groups) == 1 and found.best[0].volume == pytest.approx(copper.volume)
+
+
 def test_relaxed_crystals_are_ranked_by_the_calculator_and_not_as_before(prediction):
     """Effective medium theory has face-centred copper below body-centred, whose learned energy is made the lower."""
     centred = Structure(Lattice.cubic(2.87), ["Cu"] * 2, [[0, 0, 0], [0.5] * 3], properties={"energy": 0.0})

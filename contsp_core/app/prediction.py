@@ -95,6 +95,7 @@ class Prediction:
         found = relax_and_rank(numbered, calculator)
         done = [structure for structure in found if "calculator_energy" in structure.properties]
         groups = candidates.rank_distinct(done, key="calculator_energy") if done else []  # some have become the same
+        groups = [sorted(group, key=candidates.is_crowded) for group in groups]
         known = {structure.properties["place"] for group in groups for structure in group}
         groups += [[structure] for structure in found if structure.properties["place"] not in known]
         groups.sort(key=lambda group: candidates.is_crowded(group[0]))
