@@ -18,10 +18,11 @@ from IPython.display import display
 from contsp_core import load_model
 from contsp_core.app.files import identify, provenance, write_prediction
 from contsp_core.app.prediction import (
-    CALIBRATED,
+    DEFAULTS,
     TOO_CLOSE,
     PredictConfig,
     Prediction,
+    choose_checkpoint,
     describe_cells,
     plan,
     predict,
@@ -35,16 +36,19 @@ HELD_BACK_S = 0.5  # in which what was typed while the kernel was busy arrives: 
 BUTTON = "display:inline-block;padding:4px 14px;border-radius:3px;background:#1f6f8b;color:white;text-decoration:none"
 
 
-def show_form(formula: str = "SrTiO3", checkpoint: str = "mp20") -> None:
-    """Show the form where someone can answer it: formula, checkpoint, source, samples; Predict, Stop, download."""
+def show_form(formula: str = "SrTiO3", checkpoint: str | None = None) -> None:
+    """Show the form where someone can answer it: formula, checkpoint, source, samples; Predict, Stop, download.
+
+    Without a checkpoint, the first of ``DEFAULTS`` that covers the formula answers.
+    """
     if not is_live():
         print("In a live notebook a form appears here: type a formula, press Predict, look, download.")
         return
-    bundled = {path.stem for path in CHECKPOINTS.glob("*.safetensors")}
-    names = sorted({checkpoint, *(name for name in bundled if not name.endswith("_judge"))})  # a judge only ranks
+    bundled = {path.stem for path in CHECKPOINTS.glob("*.safetensors")} | ({checkpoint} if checkpoint else set())
+    names = [" or ".join(DEFAULTS), *sorted(name for name in bundled if not name.endswith("_judge"))]  # it only ranks
     options = {"style": {"description_width": "80px"}}
     text = widgets.Text(formula, description="formula", **options)
-    model = widgets.Dropdown(options=names, value=checkpoint, description="checkpoint", **options)
+    model = widgets.Dropdown(options=names, value=checkpoint or names[0], description="checkpoint", **options)
     source = widgets.Dropdown(options=("chains", "templates", "both"), description="source", **options)
     n_samples = widgets.BoundedIntText(20, min=1, max=1000, description="samples", **options)
     button = widgets.Button(description="Predict", button_style="primary", icon="cube")
@@ -57,22 +61,24 @@ def show_form(formula: str = "SrTiO3", checkpoint: str = "mp20") -> None:
         stopped.clear()
         await asyncio.sleep(HELD_BACK_S)
         try:
-            config = PredictConfig(source.value, n_samples.value, confidence=CALIBRATED.get(model.value))
-            energy, identity = load_model(model.value), identify(model.value)
+            config = PredictConfig(source.value, n_samples.value)
+            models = {name: load_model(name) for name in (DEFAULTS if model.value == names[0] else [model.value])}
+            used, config = choose_checkpoint(models, text.value, config)
+            energy, identity = models[used], identify(used)
             sizes, doubts = plan(energy, text.value, config)
             doubted = "".join(f"<br><b>{doubt}</b>" for doubt in doubts)
-            message.value = f"searching {html.escape(text.value)}: {describe_cells(energy, sizes)} …{doubted}"
+            message.value = f"{used} searches {html.escape(text.value)}: {describe_cells(energy, sizes)} …{doubted}"
             stop.disabled = source.value == "templates"  # which are made in one go
             library = None
             if config.source != "chains":
-                library = TemplateLibrary.of_checkpoint(model.value)
+                library = TemplateLibrary.of_checkpoint(used)
             # in a thread, so that the kernel hears Stop
             prediction = await asyncio.to_thread(predict, energy, text.value, config, library, stop=stopped.is_set)
             said = [f"<b>{doubt}</b>" for doubt in prediction.doubts]
             said += [TOO_CLOSE] if "too close" in prediction.table else []
             origin = provenance(identity, config, prediction)
             end = " until it was stopped" if stopped.is_set() else ""
-            message.value = "<br>".join([f"{prediction.formula}: {prediction.n_made} candidates{end}", *said])
+            message.value = "<br>".join([f"{prediction.formula}: {prediction.n_made} candidates by {used}{end}", *said])
             result.children = (_table(prediction), _viewer(prediction), _download(prediction, origin))
         except Exception as error:  # whatever it is, it is told where someone looks
             message.value = f"<b style='color:#b00'>{html.escape(one_line(error))}</b>"

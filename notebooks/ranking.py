@@ -119,14 +119,17 @@ def verdict(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"first is right": rows, "a wrong one lies below": below}).loc[list(rows)]
 
 
+def chances(table: pd.DataFrame, parameters: tuple[float, ...]) -> pd.Series:
+    """The confidence of every crystal of a table."""
+    parts = [part for _, part in table.groupby("formula")]
+    return pd.concat([confidence(part["energy"], part["share"], parameters) for part in parts])
+
+
 def compare(table: pd.DataFrame, parameters: tuple[float, ...]) -> pd.Series:
     """How often the first answer is right (strict), by what it is chosen."""
-    parts = [part for _, part in table.groupby("formula")]
-    chances = [confidence(part["energy"].to_numpy(), part["share"].to_numpy(), parameters) for part in parts]
-    table = pd.concat(parts).assign(confidence=np.concatenate(chances))
     scores = {"energy": -table["energy"], "share of the chains": table["share"] - 1e-6 * table["energy"]}
     scores |= {name: -table[name] for name in LEVEL_NAMES} | {"first given": -table["first"]}
-    scores |= {"confidence": table["confidence"], "any (ceiling)": table["right"].astype(float)}
+    scores |= {"confidence": chances(table, parameters), "any (ceiling)": table["right"].astype(float)}
     return pd.Series({name: first_is_right(table, score) for name, score in scores.items()})
 
 
@@ -217,20 +220,17 @@ def report(training: pd.DataFrame, testing: pd.DataFrame, output: Path, options:
     rates = {f"first is right, {name}": compare(part, parameters) for name, part in both.items()}
     columns = pd.DataFrame(rates | {"a wrong one lies below, all": wrong_below(both["all"])})
     print((100 * columns).round(1).to_string(na_rep=""))
-    parts, used = [part for _, part in testing.groupby("formula")], CALIBRATED.get(options.checkpoint)
-    for name, given in {"of contsp predict": used, "fitted here": parameters}.items():
+    for name, given in {"of contsp predict": CALIBRATED.get(options.checkpoint), "fitted here": parameters}.items():
         if given is not None:
-            energies, shares = ([part[column].to_numpy() for part in parts] for column in ("energy", "share"))
-            chances = [confidence(*one, given) for one in zip(energies, shares, strict=True)]
-            first = np.array([chance.max() for chance in chances])
-            right = np.array([part["right"].to_numpy()[chance.argmax()] for part, chance in zip(parts, chances)])
+            testing = testing.assign(confidence=chances(testing, given))
+            best = testing.loc[testing.groupby("formula")["confidence"].idxmax()]
+            first, right = best["confidence"], best["right"].astype(float)
             print(
                 f"first answers, a, b, c {name}: confidence {first.mean():.3f} in the mean, right {right.mean():.3f}; "
-                f"Brier score {np.square(first - right).mean():.3f}, of their mean alone {right.var():.3f}"
+                f"Brier score {np.square(first - right).mean():.3f}, of their mean alone {right.var(ddof=0):.3f}"
             )
-    every = np.concatenate(chances), np.concatenate([part["right"].to_numpy() for part in parts])
     save_figure(
-        plot_reliability(*every, options.dataset),
+        plot_reliability(testing["confidence"].to_numpy(), testing["right"].to_numpy(), options.dataset),
         output.with_suffix(".png"),
         {name: getattr(options, name) for name in ("dataset", "checkpoint", "n_structures", "n_samples")},
     )

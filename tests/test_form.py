@@ -12,6 +12,7 @@ import pytest
 from contsp_core import load_model
 from contsp_core.app.prediction import PredictConfig, predict
 from contsp_core.csp.candidates import space_group
+from contsp_core.sampler import training_counts
 
 
 def parts(widget):
@@ -35,11 +36,11 @@ def button(shown, name):
     return found
 
 
-async def type_late(shown):
+async def type_late(shown, formula="KBr"):
     """Press Predict before the browser has sent what was typed, and wait for the end."""
     button(shown, "Predict").click()
     await asyncio.sleep(0.1)
-    next(part for part in shown if isinstance(part, widgets.Text)).value = "KBr"
+    next(part for part in shown if isinstance(part, widgets.Text)).value = formula
     while not button(shown, "Predict").disabled:
         await asyncio.sleep(0.01)
     while button(shown, "Predict").disabled:
@@ -51,6 +52,17 @@ def test_what_was_typed_before_the_button_is_searched_even_if_it_arrives_later(s
     monkeypatch.setattr(form, "predict", lambda _, formula, *rest, **more: searched.append(formula))
     asyncio.run(asyncio.wait_for(type_late(shown), 60))
     assert searched == ["KBr"]
+
+
+def test_without_a_checkpoint_the_one_that_covers_the_formula_is_asked(monkeypatch):
+    displayed, searched = [], []
+    monkeypatch.setattr(form, "is_live", lambda: True)
+    monkeypatch.setattr(form, "display", displayed.append)
+    monkeypatch.setattr(form, "predict", lambda model, *rest, **more: searched.append(len(training_counts(model))))
+    form.show_form("NaCl")
+    for formula in ("KBr", "LiFePO4"):
+        asyncio.run(asyncio.wait_for(type_late(parts(displayed[0]), formula), 60))
+    assert searched == [len(training_counts(load_model(name))) for name in ("mp20", "mp")]
 
 
 async def press_both(shown):
@@ -85,7 +97,7 @@ def test_stop_ends_the_search_and_shows_what_was_found(shown, monkeypatch):
 
     monkeypatch.setattr(form, "predict", search)
     asyncio.run(asyncio.wait_for(press_both(shown), 60))
-    assert "2 candidates until it was stopped" in texts(shown)
+    assert "2 candidates by prototypes until it was stopped" in texts(shown)
     assert "space group" in texts(shown)
     assert "background:" in texts(shown).partition("<a ")[2].partition("download='NaCl.zip'")[0]
 

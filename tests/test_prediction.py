@@ -35,7 +35,9 @@ from contsp_core.app import cli
 from contsp_core.app.files import WRITTEN, identify, provenance, write_prediction
 from contsp_core.app.powder import agreement, powder_pattern, read_pattern
 from contsp_core.app.prediction import (
+    DEFAULTS,
     PredictConfig,
+    choose_checkpoint,
     choose_units,
     confidence,
     describe_cells,
@@ -717,6 +719,20 @@ def test_a_bundled_checkpoint_is_the_same_by_name_and_by_path(tmp_path, capsys, 
         with pytest.raises(ZeroDivisionError):
             cli.main(["predict", "NaCl", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")])
     assert [config.confidence for config in seen] == [(1.0, 2.0, -1.0), (1.0, 2.0, -1.0), None]
+
+
+def test_where_no_checkpoint_is_named_the_first_that_covers_a_formula_answers(tmp_path, capsys):
+    models = {name: load_model(name) for name in DEFAULTS}
+    asked = {"MgO": "mp20", "Mg4O4": "mp20", "LiFePO4": "mp", "Fr11He7": "mp"}  # four elements; what nothing covers
+    assert {formula: choose_checkpoint(models, formula, PredictConfig())[0] for formula in asked} == asked
+    assert choose_checkpoint(models, "MgO", PredictConfig(n_units=(2, 12)))[0] == "mp"  # 24 atoms
+    command = ("predict", "MgO", "LiFePO4", *QUICKLY[2:], "--output", str(tmp_path))
+    told = run(capsys, *command)
+    assert [place in told.out for place in ("candidates by mp20, ", "candidates by mp, ")] == [True, True]
+    made = [json.loads((tmp_path / name / "candidates.json").read_text()) for name in ("MgO", "LiFePO4")]
+    assert [(one["checkpoint"], one["trained_on"]["dataset"]) for one in made] == [("mp20", "mp20"), ("mp", "mp")]
+    assert [bool(one["settings"]["confidence"]) for one in made] == [True, False]
+    assert run(capsys, *command, "--resume").err.count("kept as it is") == 2
 
 
 def test_a_calculator_that_fails_on_all_crystals_is_an_error_and_loses_none(tmp_path, capsys):

@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     own = commands.add_parser("predict", help="crystals of formulas, ranked, in files", **_examples("predict"))
     own.set_defaults(command=predict)
     own.add_argument("formulas", nargs="+", metavar="FORMULA|FILE.csv", help="or files with a column 'formula'")
-    own.add_argument("--checkpoint", default="mp20", help="bundled name or .safetensors file (default mp20)")
+    own.add_argument("--checkpoint", help="bundled name or file (default: mp20, or mp for what mp20 does not cover)")
     own.add_argument("--output", type=Path, default=Path("predictions"), help="folder of a folder per formula")
     own.add_argument("--source", default="chains", choices=("chains", "templates", "both"), help="default chains")
     own.add_argument("--n-samples", type=int, default=20, help="of each source and cell size (default 20)")
@@ -112,12 +112,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def predict(
-    formulas: Sequence[str], checkpoint: str, output: Path, resume: bool, overwrite: bool, **options: Any
+    formulas: Sequence[str], checkpoint: str | None, output: Path, resume: bool, overwrite: bool, **options: Any
 ) -> None:
     """``contsp predict``: what is wrong with the arguments is found before the first chain."""
-    from contsp_core.data import CHECKPOINTS, find_checkpoint, load_split, retold, stamp
+    from contsp_core.data import find_checkpoint, load_split, retold, stamp
 
-    given, path = read_formulas(formulas), find_checkpoint(checkpoint)  # before what takes seconds to import
+    given = read_formulas(formulas)
+    checkpoint is None or find_checkpoint(checkpoint)  # before what takes seconds to import
     from pymatgen.core import Composition
 
     from contsp_core import load_model
@@ -129,42 +130,44 @@ def predict(
 
     name, pattern, output = options.pop("calculator"), options.pop("xrd"), output.absolute()
     options["n_units"] = options["n_units"] and tuple(options["n_units"])
-    bundled = path.stem if path.resolve().parent == CHECKPOINTS.resolve() else ""
-    config = search.PredictConfig(**options, confidence=search.CALIBRATED.get(bundled))
-    model, identity = load_model(checkpoint), files.identify(checkpoint)
+    config = search.PredictConfig(**options)
+    measured = None if pattern is None else read_pattern(pattern)
+    models = {own: load_model(own) for own in ([checkpoint] if checkpoint else search.DEFAULTS)}
+    origins = {own: files.identify(own) | {"calculator": name, "xrd": pattern and stamp(pattern)} for own in models}
     with warnings.catch_warnings(action="ignore"):  # of elements without electronegativity
         names = list(dict.fromkeys(Composition(Counter(numbers)).reduced_formula for numbers in given))
-    plans = {formula: search.plan(model, formula, config) for formula in names}
+    chosen = {formula: search.choose_checkpoint(models, formula, config) for formula in names}
+    used = {own for own, _ in chosen.values()}
     calculator = name and load_calculator(name)
-    measured = None if pattern is None else read_pattern(pattern)
-    others = {"calculator": name, "xrd": pattern and stamp(pattern)}
-    if config.source != "chains" and (dataset := identity["trained_on"]["dataset"]):
-        others["templates"] = load_split(dataset, "train").source.blob_id
-    for formula in names:
+    for own in used:
+        if config.source != "chains" and (dataset := origins[own]["trained_on"]["dataset"]):
+            origins[own]["templates"] = load_split(dataset, "train").source.blob_id
+    for formula, (own, settings) in chosen.items():
         if resume and files.is_finished(output / formula):
-            files.check_same(output / formula, identity | {"settings": asdict(config)} | others)
+            files.check_same(output / formula, origins[own] | {"settings": asdict(settings)})
         else:
             files.check_replaceable(output / formula, overwrite or resume)
     with retold(f"output {str(output)!r} cannot be written", OSError):
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
-    library, failed = None, []
+    libraries, failed = {}, []
     if config.source != "chains":
         print("reading the training crystals …", file=sys.stderr)
-        library = TemplateLibrary.of_checkpoint(checkpoint)
-    for formula in names:
+        libraries = {own: TemplateLibrary.of_checkpoint(own) for own in used}
+    for formula, (own, settings) in chosen.items():
         if resume and files.is_finished(output / formula):  # perhaps by another process, meanwhile
             print(f"{formula}: kept as it is in {output / formula}/", file=sys.stderr)
             continue
-        species, doubts = plans[formula]
+        model, library = models[own], libraries.get(own)
+        species, doubts = search.plan(model, formula, settings)
         for text in (search.describe_cells(model, species), *(f"warning: {doubt}" for doubt in doubts)):
             print(f"{formula}: {text}", file=sys.stderr)
         try:
-            prediction = search.predict(model, formula, config, library, progress=True, measured=measured)
+            prediction = search.predict(model, formula, settings, library, progress=True, measured=measured)
             prediction = prediction.relaxed(calculator, config.n_jobs) if calculator else prediction
             prediction = prediction if measured is None else prediction.compared(measured)
             without = bool(calculator) and "calculator_energy" not in prediction.table
-            origin = files.provenance(identity, config, prediction) | others | {"calculator_failed": without}
+            origin = files.provenance(origins[own], settings, prediction) | {"calculator_failed": without}
             folder = files.write_prediction(prediction, output / formula, origin, overwrite or resume)
             for doubt in prediction.doubts[len(doubts) :]:
                 print(f"{formula}: warning: {doubt}", file=sys.stderr)
@@ -177,7 +180,8 @@ def predict(
             print(f"{formula}: error: {' '.join(str(error).split())}", file=sys.stderr)
             continue
         with suppress(OSError):  # nobody reads any more
-            print(f"\n{formula} ({prediction.n_made} candidates, {folder}/):\n{prediction.summary()}", flush=True)
+            made = f"{prediction.n_made} candidates by {own}, {folder}/"
+            print(f"\n{formula} ({made}):\n{prediction.summary()}", flush=True)
     if failed:
         raise ValueError(f"{', '.join(failed)} failed, for the reasons above")
 

@@ -8,7 +8,7 @@ import json
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
@@ -29,7 +29,7 @@ from contsp_core.app.powder import agreement
 from contsp_core.crystals import MAX_ATOMIC_NUMBER, check_settings, reduce_counts, reduce_species
 from contsp_core.csp import candidates
 from contsp_core.csp.metrics import check_limits, run_with_time_limit
-from contsp_core.data import parse_formula
+from contsp_core.data import CHECKPOINTS, find_checkpoint, parse_formula
 from contsp_core.energy import ContinuousCGCNN, portable
 from contsp_core.sampler import of_pattern, sample_structures, training_counts
 
@@ -40,6 +40,7 @@ MAX_ATOMS = 200  # of a cell
 PART = 10  # chains of each size that run together, if more than every process has
 N_SIZES = 3  # numbers of formula units that are tried, of those that training crystals have
 ROUND = 8  # chains of each size between two looks at the clock
+DEFAULTS = ("mp20", "mp")  # bundled checkpoints, of which the first that covers a formula answers, else the last
 CALIBRATED = {"mp20": (1.52, 1.144, -3.116)}  # bundled checkpoint -> parameters of confidence
 N_CALIBRATED = 20  # chains of each size for which they were fitted; fewer agree by chance, more were not tried
 TOO_CLOSE = f"too close: atoms nearer than {candidates.CLOSEST} of the sum of their covalent radii; they come last"
@@ -119,7 +120,7 @@ class Prediction:
         """The table for a terminal."""
         text = self.table.drop(columns=["α", "β", "γ", "at 0.01 Å", "at 0.3 Å"]).round(3).to_string()
         units = UNITS + ("; calculator_energy: eV/atom, energy: before relaxing" * ("calculator_energy" in self.table))
-        units += "; confidence: that it is the right crystal" * ("confidence" in self.table)
+        units += "; confidence: that it is the right crystal; need not fall with rank" * ("confidence" in self.table)
         return "\n".join([text, units, *([TOO_CLOSE] if "too close" in self.table else ())])
 
 
@@ -134,6 +135,18 @@ def plan(model: ContinuousCGCNN, formula: str, config: PredictConfig) -> tuple[l
         units = f"{max(n_units)} formula units of {len(unit)} atoms"
         raise ValueError(f"formula {formula!r}: {units} are {n_atoms} atoms, expected ≤ {MAX_ATOMS}")
     return [unit * n for n in sorted(set(n_units))], doubts(model, unit, n_units)
+
+
+def choose_checkpoint(
+    models: Mapping[str, ContinuousCGCNN], formula: str, config: PredictConfig
+) -> tuple[str, PredictConfig]:
+    """The first of several that raises no doubts about a formula, else the last, and the settings with its confidence.
+
+    Models go by names or paths; only the bundled ones have parameters of :func:`confidence`.
+    """
+    name = next((name for name, model in models.items() if not plan(model, formula, config)[1]), [*models][-1])
+    bundled = (path := find_checkpoint(name)).resolve().parent == CHECKPOINTS.resolve()
+    return name, replace(config, confidence=CALIBRATED.get(path.stem) if bundled else None)
 
 
 def describe_cells(model: ContinuousCGCNN, species: Sequence[Sequence[int]]) -> str:
@@ -178,7 +191,7 @@ def _same_stoichiometry(model: ContinuousCGCNN, unit: Sequence[int]) -> torch.Te
     return of_pattern(counts, torch.bincount(torch.tensor(unit), minlength=counts.shape[1]))
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _reduced(model: ContinuousCGCNN) -> torch.Tensor:
     return torch.from_numpy(reduce_counts(training_counts(model).numpy()))
 
