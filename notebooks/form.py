@@ -67,7 +67,8 @@ def show_form(formula: str = "SrTiO3", checkpoint: str | None = None) -> None:
             energy, identity = models[used], identify(used)
             sizes, doubts = plan(energy, text.value, config)
             doubted = "".join(f"<br><b>{doubt}</b>" for doubt in doubts)
-            message.value = f"{used} searches {html.escape(text.value)}: {describe_cells(energy, sizes)} …{doubted}"
+            begun = html.escape(f"{used} searches {text.value}")
+            message.value = f"{begun}: {describe_cells(energy, sizes)} …{doubted}"
             stop.disabled = source.value == "templates"  # which are made in one go
             library = None
             if config.source != "chains":
@@ -77,8 +78,8 @@ def show_form(formula: str = "SrTiO3", checkpoint: str | None = None) -> None:
             said = [f"<b>{doubt}</b>" for doubt in prediction.doubts]
             said += [TOO_CLOSE] if "too close" in prediction.table else []
             origin = provenance(identity, config, prediction)
-            end = " until it was stopped" if stopped.is_set() else ""
-            message.value = "<br>".join([f"{prediction.formula}: {prediction.n_made} candidates by {used}{end}", *said])
+            end = html.escape(used) + " until it was stopped" * stopped.is_set()
+            message.value = "<br>".join([f"{prediction.formula}: {prediction.n_made} candidates by {end}", *said])
             result.children = (_table(prediction), _viewer(prediction), _download(prediction, origin))
         except Exception as error:  # whatever it is, it is told where someone looks
             message.value = f"<b style='color:#b00'>{html.escape(one_line(error))}</b>"
