@@ -113,6 +113,7 @@ def _own_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
         row |= {"match_rate": scores[f"match_rate{end}"], "low": low, "high": high}
         row |= {name: scores.get(f"match_rate{CRITERIA[name]}{end}") for name in ("strict", "good")}
         row |= {"rmse": scores[f"rmse{end}"], "n_crystals": scores["n_references"], "n_steps": settings["n_steps"]}
+        row["n_steps"] = row["n_steps"] and row["n_steps"] * settings.get("best_of", 1)
         rows.append(row | {"filter": "none", "remarks": "; ".join(_remarks(summary))})
     return rows
 

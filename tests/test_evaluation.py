@@ -31,6 +31,7 @@ from contsp_core.csp.evaluation import (
     evaluate_checkpoint,
     evaluate_cifs,
     fill_folder,
+    keep_best,
     method_label,
     read_samples,
     write_samples,
@@ -257,6 +258,29 @@ def test_a_checkpoint_is_scored_once_and_again_from_its_files(checkpoint, tmp_pa
             evaluate_checkpoint(checkpoint, "prototypes", tmp_path, replace(QUICK, **{name: value}))
     with pytest.raises(ValueError, match=r"checkpoint='tiny-.*', expected 'prototypes-"):
         evaluate_checkpoint("prototypes", "prototypes", tmp_path, QUICK)
+
+
+def test_the_best_of_three_is_the_one_of_lowest_energy_among_the_same_chains(checkpoint, tmp_path):
+    settings = replace(QUICK, n_samples=2, best_of=3)
+    every = evaluate_checkpoint(checkpoint, "prototypes", tmp_path / "every", replace(QUICK, n_samples=6))
+    found = evaluate_checkpoint(checkpoint, "prototypes", tmp_path / "best", settings)
+    energies = np.array(every.table["energy"].tolist()).reshape(-1, 2, 3)
+    np.testing.assert_allclose(found.table["energy"].tolist(), energies.min(axis=2), atol=1e-4)
+    assert np.ptp(energies, axis=2).min() > 1e-3 and energies.argmin(axis=2).any()
+    assert found.summary["settings"]["method"].endswith(", best of 3")
+    assert results_table([found.summary], published=False)["n_steps"].tolist() == [9, 9, 9]
+    with pytest.raises(ValueError, match="best_of=3, expected 1"):
+        evaluate_checkpoint(checkpoint, "prototypes", tmp_path / "best", replace(settings, best_of=1))
+    with pytest.raises(ValueError, match="checkpoint is None, expected one for source 'templates' and best_of 3"):
+        evaluate_checkpoint(None, "prototypes", tmp_path / "new", replace(settings, source="templates"))
+
+
+def test_what_has_no_energy_is_kept_only_where_there_is_nothing_else():
+    low, high, none = (cesium_chloride() for _ in range(3))
+    for structure, energy in ((low, -1.0), (high, 1.0), (none, math.nan)):
+        structure.properties["energy"] = energy
+    kept = keep_best([None, high, low, none, high, None, None, None, None], 3)
+    assert kept[0] is low and kept[1] is high and kept[2] is None
 
 
 def test_samples_are_made_with_the_seed_of_the_settings(checkpoint, tmp_path, monkeypatch):

@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--n-structures", type=int, help="default: all")
     own.add_argument("--n-samples", type=int, help="default 20; with --cifs, as many as there are")
     own.add_argument("--n-steps", type=int, help="of a chain (default: the checkpoint's)")
+    own.add_argument("--best-of", type=int, default=1, help="chains of a sample, which is that of lowest energy (1)")
     own.add_argument("--seed", type=int, default=0)
     own.add_argument("--n-jobs", type=int, default=-1, help="processes (default: all cores)")
     own = commands.add_parser("audit", help="is an energy invariant and continuous?", **_examples("audit"))
@@ -217,8 +218,8 @@ def evaluate(
 
     if checkpoint is None and (cifs is None or dataset is None):
         raise ValueError("checkpoint is missing, expected one, or --cifs and --dataset")
-    if cifs and options["n_steps"] is not None:
-        raise ValueError("--n-steps is for the chains of a checkpoint, not for --cifs")
+    if cifs and (options["n_steps"] is not None or options["best_of"] != 1):
+        raise ValueError("--n-steps and --best-of are for the chains of a checkpoint, not for --cifs")
     checkpoint is None or find_checkpoint(checkpoint)
     from contsp_core.checkpoints import read_settings
     from contsp_core.csp.evaluation import SUMMARY, EvaluationConfig, evaluate_checkpoint, evaluate_cifs

@@ -52,7 +52,8 @@ class EvaluationConfig:
     split: str = "test"
     n_structures: int | None = None  # crystals, chosen by the seed; None: all
     n_samples: int | None = None  # of each crystal; None: 20, or as many as the CIF files have
-    n_steps: int | None = None  # energy gradients a sample; None: as the source does by itself
+    n_steps: int | None = None  # energy gradients a candidate; None: as the source does by itself
+    best_of: int = 1  # candidates of each sample, which is the one of lowest energy; of no meaning for CIF files
     seed: int = 0  # of the choice and of the samples
     device: str | None = None  # where the model runs; None: on the CPU
     chunk_atoms: int = 8192  # atoms sampled at once, or up to 16 times fewer: what an interruption costs each process
@@ -90,19 +91,22 @@ def evaluate_checkpoint(
     which is made if missing, holds samples of other settings.
     """
     settings, model, chosen, record = _load(checkpoint, dataset, settings)
-    source, folder, n_samples = settings.source, Path(output_dir), settings.n_samples or N_SAMPLES
+    source, folder = settings.source, Path(output_dir)
+    n_samples, best_of = settings.n_samples or N_SAMPLES, settings.best_of
     training = load_split(dataset, "train") if source.startswith("templates") else None
-    if model is None and source != "templates":
-        raise ValueError(f"checkpoint is None, expected one for source {source!r}")
-    n_steps, blob_id = _steps(source, model, settings.n_steps), training and training.source.blob_id
-    record |= {"n_samples": n_samples, "n_steps": n_steps, "training_data": blob_id}
+    if model is None and (source != "templates" or best_of > 1):
+        raise ValueError(f"checkpoint is None, expected one for source {source!r} and best_of {best_of}")
+    n_steps, blob_id = settings.n_steps or N_STEPS.get(source), training and training.source.blob_id
+    n_steps = 0 if source in ("templates", "start") else n_steps or sampling_config(model).n_steps
+    record |= {"n_samples": n_samples, "n_steps": n_steps, "best_of": best_of, "training_data": blob_id}
     compare_settings(folder, {name: value for name, value in record.items() if name != "n_structures"})
-    options = {"source": source, "n_samples": n_samples, "n_steps": n_steps or None, "seed": settings.seed}
+    options = {"source": source, "n_samples": n_samples * best_of, "n_steps": n_steps or None, "seed": settings.seed}
     options |= {"batch_atoms": settings.chunk_atoms if model and model.use_kernels else None}
-    make = partial(_make, model and portable(model), None if training is None else pickle.dumps(training), options)
+    given = model and portable(model), None if training is None else pickle.dumps(training)
+    make = partial(_make, *given, options, best_of)
     fill_folder(folder, list(zip(chosen.material_ids, chosen.species, strict=True)), make, settings)
-    record |= {"method": method_label(source, checkpoint, model), "trained_on": _trained_on(checkpoint)}
-    return _score(folder, chosen, record, model, folder, settings)
+    method = method_label(source, checkpoint, model) + f", best of {best_of}" * (best_of > 1)
+    return _score(folder, chosen, record | {"method": method}, model, folder, settings)
 
 
 def evaluate_cifs(
@@ -123,25 +127,22 @@ def evaluate_cifs(
     settings, model, chosen, record = _load(checkpoint, dataset, settings)
     record |= {"source": "cifs", "n_samples": settings.n_samples, "n_steps": None}
     if not any(path for name in chosen.material_ids for path in crystal_folder(cif_dir, name).glob("*.cif")):
-        raise ValueError(
-            f"cif_dir is {str(cif_dir)!r}, expected a folder with {chosen.material_ids[0]}/0.cif, or others"
-        )
+        raise ValueError(f"cif_dir is '{cif_dir}', expected a folder with {chosen.material_ids[0]}/0.cif, or others")
     compare_settings(Path(output_dir), record | {"cif_dir": str(Path(cif_dir).resolve()), "n_structures": None})
-    record |= {"method": method, "trained_on": _trained_on(checkpoint)}
-    return _score(Path(cif_dir), chosen, record, model, Path(output_dir), settings)
+    return _score(Path(cif_dir), chosen, record | {"method": method}, model, Path(output_dir), settings)
 
 
 def _load(checkpoint: str | Path | None, dataset: str, settings: EvaluationConfig | None) -> tuple:
     """Settings, model, the crystals chosen, and for the files what determines samples and scores."""
     settings = settings or EvaluationConfig()
     model = None if checkpoint is None else load_model(checkpoint, settings.device)
-    names = [] if checkpoint is None else [checkpoint, read_settings(checkpoint).get("judge")]
-    paths = list(map(find_checkpoint, filter(None, names)))
-    digest = " + ".join(map(stamp, paths)) or None
+    header = {} if checkpoint is None else read_settings(checkpoint)
+    digest = " + ".join(stamp(find_checkpoint(name)) for name in (checkpoint, header.get("judge")) if name) or None
     split = load_split(dataset, settings.split)
     chosen = split.select(choose(range(len(split)), settings.n_structures, settings.seed))
     record = dict[str, Any](source=settings.source, checkpoint=digest, dataset=chosen.name, split=chosen.split)
     record |= {"test_data": chosen.source.blob_id, "n_structures": len(chosen), "seed": settings.seed}
+    record["trained_on"] = {name: header[name] for name in ("dataset", "n_structures", "data") if name in header}
     return settings, model, chosen, record
 
 
@@ -155,27 +156,23 @@ def method_label(source: str, checkpoint: str | Path | None, model: ContinuousCG
     return f"{objective}{' and negatives' if header.get('negatives') else ''}, {sampler}"
 
 
-def _trained_on(checkpoint: str | Path | None) -> dict[str, Any]:
-    header = {} if checkpoint is None else read_settings(checkpoint)
-    return {name: header[name] for name in ("dataset", "n_structures", "data") if name in header}
-
-
-def _make(model: Any, training: bytes | None, options: dict[str, Any], crystals: Sequence[tuple]) -> list[tuple]:
-    """Material id and candidates of each crystal, by one thread of any process: all that they depend on is given."""
+def _make(model: Any, training: bytes | None, options: dict, best_of: int, crystals: Sequence[tuple]) -> list[tuple]:
+    """Material id and samples of each crystal, by one thread of any process: all that they depend on is given."""
     names, species = zip(*crystals, strict=True)
     library, n_threads = None if training is None else _library(training), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return list(zip(names, make_candidates(species=species, model=model, library=library, **options), strict=True))
+        made = make_candidates(species=species, model=model, library=library, **options)
+        return [(name, keep_best(found, best_of)) for name, found in zip(names, made, strict=True)]
     finally:
         torch.set_num_threads(n_threads)
 
 
-def _steps(source: str, model: ContinuousCGCNN | None, n_steps: int | None) -> int:
-    """Energy gradients spent on each sample."""
-    if source in ("templates", "start") or model is None:
-        return 0
-    return n_steps or N_STEPS.get(source) or sampling_config(model).n_steps
+def keep_best(candidates: Sequence[Structure | None], n: int) -> list[Structure | None]:
+    """Of every ``n`` consecutive candidates the one of lowest energy; None where there is none."""
+    energies = [math.inf if s is None else s.properties.get("energy", 0.0) for s in candidates]
+    lowest = torch.tensor(energies, dtype=torch.float64).nan_to_num(math.inf).view(-1, n).argmin(dim=1).tolist()
+    return [candidates[n * row + place] for row, place in enumerate(lowest)]
 
 
 def _score(
@@ -260,7 +257,7 @@ def fill_folder(folder: Path, crystals: Sequence[tuple], make: Callable, setting
     """
     missing = [crystal for crystal in crystals if not _is_complete(crystal_folder(folder, crystal[0]))]
     missing.sort(key=lambda crystal: (-len(crystal[1]), sorted(crystal[1])))  # the slowest first
-    sizes = [(settings.n_samples or N_SAMPLES) * len(species) for _, species in missing]
+    sizes = [(settings.n_samples or N_SAMPLES) * settings.best_of * len(species) for _, species in missing]
     n_jobs = settings.n_jobs if torch.device(settings.device or "cpu").type == "cpu" else 1
     with closing(spread(make, missing, sizes, settings.chunk_atoms, n_jobs, return_as="generator_unordered")) as made:
         for name, structures in tqdm(made, "sampling", len(missing), disable=None if settings.progress else True):
