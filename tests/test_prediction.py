@@ -965,7 +965,8 @@ for line in sys.stdin.read().splitlines():
 def test_a_slip_is_told_before_torch_is_imported(tmp_path):
     lines = ["predcit", "predict --n-smaples 3 TiO2", "predict NaXx", "predict nowhere.csv", "audit nowhere.cif"]
     lines += ["predict --checkpoint nowhere TiO2", "evaluate nowhere", "evaluate mp20 --dataset nowhere"]
-    lines += ["evaluate", "evaluate --cifs . --dataset prototypes --n-steps 0", "audit --checkpoint nowhere salt.cif"]
+    lines += [f"evaluate --cifs . --dataset prototypes {option}" for option in ("--n-steps 0", "--best-of 2")]
+    lines += ["evaluate", "audit --checkpoint nowhere salt.cif"]
     ROCK_SALT.to(str(tmp_path / "salt.cif"))
     command = [sys.executable, "-W", "ignore", "-c", SLIPS]
     done = subprocess.run(command, cwd=tmp_path, input="\n".join(lines), capture_output=True, text=True, check=False)
