@@ -336,10 +336,10 @@ def parse_formula(text: str) -> list[int]:
     known = {symbol for symbol, element in Element.__members__.items() if element.Z <= MAX_ATOMIC_NUMBER}
     known -= {"D", "T"}  # pymatgen has them, but TIO2 should not be a hydride
     text = unicodedata.normalize("NFKC", text) if isinstance(text, str) else text  # SrTiO₃
-    symbols = re.findall("[A-Z][a-z]*", str(text))
+    symbols = re.findall("[A-Z][a-z]*", str(text).replace("@", ""))
     unknown = [symbol for symbol in symbols if symbol not in known]
     parts = [set(re.findall("[A-Z][a-z]*", part)) for part in str(text).split()]
-    several = re.search(r"[-@]|\s\d", str(text)) or sum(map(len, parts)) > len(set[str]().union(*parts))  # CaO 2TiO2
+    several = re.search(r"-|\s\d", str(text)) or sum(map(len, parts)) > len(set[str]().union(*parts))  # CaO 2TiO2
     counts: Mapping[Any, float] = {}
     with suppress(Exception):  # pymatgen raises several kinds
         counts = Composition(text, strict=True).element_composition
