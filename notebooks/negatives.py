@@ -95,4 +95,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import negatives  # by this name other processes find what is cached
+
+    negatives.main()

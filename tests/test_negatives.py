@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from contsp_core import Crystals
 from contsp_core.csp.candidates import TemplateLibrary
 from contsp_core.data import Split, load_split
 
+COMMON = ["--checkpoint", "prototypes", "--dataset", "prototypes"]
+
 
 def made(path: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[Crystals, Crystals]:
     """What the command writes, and the training crystals."""
-    common = ["--checkpoint", "prototypes", "--dataset", "prototypes", "--n-jobs", "1", "--output", str(path)]
-    monkeypatch.setattr(sys, "argv", ["negatives.py", *common, *options])
+    monkeypatch.setattr(sys, "argv", ["negatives.py", *COMMON, "--n-jobs", "1", "--output", str(path), *options])
     negatives.main()
     return Split.load(path, "prototypes", "train").crystals, load_split("prototypes", "train").crystals
 
@@ -28,6 +30,15 @@ def test_a_chain_for_each_training_crystal_in_order(tmp_path: Path, monkeypatch:
     assert torch.equal(found.system_idx, crystals.system_idx)
     assert found.cell.isfinite().all() and (found.volume > 1e-3 * crystals.volume).all()
     assert not torch.allclose(found.positions, crystals.positions, atol=0.5)
+
+
+def test_several_processes_make_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script itself is run: what it caches must be found in other processes too."""
+    one, _ = made(tmp_path / "one.npz", monkeypatch, "--source", "templates")
+    options = [*COMMON, "--source", "templates", "--n-jobs", "2", "--output", str(tmp_path / "two.npz")]
+    subprocess.run([sys.executable, negatives.__file__, *options], check=True, capture_output=True)
+    two = Split.load(tmp_path / "two.npz", "prototypes", "train").crystals
+    assert torch.allclose(one.positions, two.positions, atol=1e-9) and torch.allclose(one.cell, two.cell, atol=1e-9)
 
 
 def test_a_template_of_another_composition_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
