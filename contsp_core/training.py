@@ -488,7 +488,7 @@ def main(arguments: Sequence[str]) -> None:
     finally:
         if _rank()[1] > 1:
             distributed.destroy_process_group()
-    end = f"{job.output} holds the average after {state.update} updates"
+    end = f"{job.output} holds the {'average' if job.config.ema_decay else 'weights'} after {state.update} updates"
     if state.stopped_by:
         end = f"stopped after {state.update} updates; --resume goes on"
     elif state.update == state.begun_at:

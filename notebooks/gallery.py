@@ -1,4 +1,4 @@
-"""Ten well-known crystals, none in the training data, predicted from their formulas and set beside experiment.
+"""Ten well-known crystals, none of which ``mp20`` was trained on, predicted from formulas and set beside experiment.
 
 ``python notebooks/gallery.py`` writes ``figures/06_gallery.csv`` and ``.png``, hits and misses alike.
 """

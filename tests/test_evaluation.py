@@ -376,8 +376,11 @@ def test_a_folder_of_perfect_cifs_scores_perfectly_and_missing_files_count(check
         with pytest.raises(ValueError, match=rf"cif_dir is '.*{name}', expected a folder with .*/0\.cif, or others"):
             evaluate_cifs(tmp_path / name, "prototypes", tmp_path / "nothing", settings, checkpoint)
     assert not (tmp_path / "nothing").exists()
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "summary.json").write_text("{}")
+    for folder, file in (("prediction", "candidates.json"), ("mine", "summary.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("{}")
+    with pytest.raises(ValueError, match=r"prediction' has results, but no settings\.json"):
+        evaluate_checkpoint(checkpoint, "prototypes", tmp_path / "prediction", settings)
     with pytest.raises(ValueError, match=r"mine' has results, but no settings\.json"):
         evaluate_cifs(tmp_path / "peer", "prototypes", tmp_path / "mine", settings, checkpoint)
     rows = pd.read_csv(tmp_path / "scores" / "per_crystal.csv")["rms"]
@@ -394,6 +397,13 @@ def test_a_crystal_without_energy_costs_only_itself(checkpoint, tmp_path):
     settings = EvaluationConfig(n_structures=3, n_jobs=1)
     scores = evaluate_cifs(tmp_path / "cifs", "prototypes", tmp_path / "out", settings, checkpoint).summary["scores"]
     assert (scores["n_missing"], scores["match_rate@1"], scores["match_rate_lowest_energy"]) == (1, 1.0, 1.0)
+
+
+def test_a_file_in_the_place_of_the_folder_is_told(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file' is a file, expected a folder"):
+        evaluate_checkpoint("prototypes", "prototypes", tmp_path / "file", QUICK)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_of_two_evaluations_that_begin_at_once_one_finds_the_folder_taken(tmp_path, monkeypatch):
@@ -413,7 +423,9 @@ def test_of_two_evaluations_that_begin_at_once_one_finds_the_folder_taken(tmp_pa
     ("options", "message"),
     [
         ({"source": "guess"}, "source is 'guess'"),
-        ({"n_samples": 0}, "n_samples is 0, expected an integer ≥ 1"),
+        ({"n_samples": 0}, "n_samples is 0, expected an integer from 1 to 1000000"),
+        ({"n_steps": 10**7}, "n_steps is 10000000, expected an integer from 1"),
+        ({"split": "all"}, "split is 'all', expected one of train, val, test"),
         ({"n_structures": -5}, "n_structures is -5, expected an integer ≥ 1"),
         ({"seed": -1}, "seed is -1, expected an integer from 0"),
         ({"n_samples": "2"}, "n_samples is '2', expected an integer"),

@@ -175,7 +175,7 @@ def test_confidence_counts_all_crystals_found_however_many_are_kept(model, predi
     asked = replace(QUICK, n_steps=None, n_units=(1,), n_samples=6, confidence=parameters)
     assert "confidence" not in predict(model, "NaCl", asked).table  # too few chains
     monkeypatch.setattr("contsp_core.app.prediction.N_CALIBRATED", 6)
-    assert "confidence" not in predict(model, "NaCl", replace(asked, n_steps=3)).table  # of a length that was asked for
+    assert "confidence" not in predict(model, "NaCl", replace(asked, n_steps=4)).table  # of a length that was asked for
     assert "confidence" not in predict(model, "FrCl", asked).table  # of an element that was never seen
     tables = [predict(model, "NaCl", replace(asked, n_best=n)).table for n in (1, 6)]
     assert tables[0]["confidence"].iloc[0] == pytest.approx(tables[1]["confidence"].iloc[0], abs=1e-3)
@@ -430,6 +430,8 @@ def test_a_pattern_finds_its_crystal_below_the_ones_of_lowest_energy(model, pred
     measured, one = measure(prediction.best[-1]), replace(QUICK, n_best=1)
     assert predict(model, "NaCl", one).best[0].properties == prediction.best[0].properties
     assert predict(model, "NaCl", one, measured=measured).best[0].properties == prediction.best[-1].properties
+    with pytest.raises(ValueError, match=r"measured has shape \(5,\), expected \(n, 2\)"):
+        predict(model, "NaCl", one, measured=np.ones(5))
 
 
 # On disk
@@ -592,7 +594,7 @@ def test_a_calculator_relaxes_ranks_and_may_fail_on_one_crystal(prediction, tmp_
     known = dict(zip(prediction.table["energy"], chances))
     assert [known[energy] for energy in found.table["energy"]] == found.table["confidence"].tolist()
     assert "calculator_energy: eV/atom" in found.summary() and "eV" not in prediction.summary()
-    assert "out of range" in found.table["calculator_error"].iloc[-1]
+    assert "out of range" in found.table["calculator_error"].iloc[-1] and found.table["calculator_error"].iloc[0] == ""
     assert found.best[-1].volume == pytest.approx(prediction.best[0].volume)
     assert found.table["V/atom"].iloc[:-1].tolist() == pytest.approx([20] * (len(found.groups) - 1), abs=0.6)
     assert found.table["calculator_energy"].iloc[:-1].is_monotonic_increasing
@@ -650,10 +652,11 @@ def test_relaxed_crystals_are_ranked_by_the_calculator_and_not_as_before(predict
     assert found.table["space group"].tolist() == ["Fm-3m (225)", "Im-3m (229)"]
 
 
-def test_a_number_beyond_the_memory_is_told_in_one_line(tmp_path, monkeypatch):
+def test_a_number_beyond_the_memory_is_told_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("contsp_core.app.prediction.predict", Mock(side_effect=MemoryError))
-    with pytest.raises(SystemExit, match=r"^error: MemoryError: a number is too large$"):
-        cli.main(["predict", "NaCl", *QUICKLY, "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"^error: BaO, NaCl failed"):  # the second is tried, too
+        cli.main(["predict", "BaO", "NaCl", *QUICKLY, "--output", str(tmp_path)])
+    assert capsys.readouterr().err.count("error: a number is too large for the memory\n") == 2
 
 
 def test_what_changes_while_chains_run_changes_no_record(model, tmp_path, monkeypatch, capsys):
@@ -721,6 +724,12 @@ def test_a_bundled_checkpoint_is_the_same_by_name_and_by_path(tmp_path, capsys, 
     assert [config.confidence for config in seen] == [(1.0, 2.0, -1.0), (1.0, 2.0, -1.0), None]
 
 
+@pytest.mark.parametrize("given", [(1.0, 2.0), (1.0, 2.0, "a"), 1.0, "abc", [1.0, 2.0, 3.0]])
+def test_parameters_of_the_confidence_are_three_floats(given):
+    with pytest.raises(ValueError, match=r"confidence is .*, expected a tuple of three floats, or None"):
+        PredictConfig(confidence=given)
+
+
 def test_where_no_checkpoint_is_named_the_first_that_covers_a_formula_answers(tmp_path, capsys):
     models = {name: load_model(name) for name in DEFAULTS}
     asked = {"MgO": "mp20", "Mg4O4": "mp20", "LiFePO4": "mp", "Fr11He7": "mp"}  # four elements; what nothing covers
@@ -729,6 +738,9 @@ def test_where_no_checkpoint_is_named_the_first_that_covers_a_formula_answers(tm
     command = ("predict", "MgO", "LiFePO4", *QUICKLY[2:], "--output", str(tmp_path))
     told = run(capsys, *command)
     assert [place in told.out for place in ("candidates by mp20, ", "candidates by mp, ")] == [True, True]
+    assert re.findall(".*seldom.*", told.err) == [
+        "LiFePO4: warning: mp20 does not cover it, and mp seldom finds such yet"
+    ]
     made = [json.loads((tmp_path / name / "candidates.json").read_text()) for name in ("MgO", "LiFePO4")]
     assert [(one["checkpoint"], one["trained_on"]["dataset"]) for one in made] == [("mp20", "mp20"), ("mp", "mp")]
     assert [bool(one["settings"]["confidence"]) for one in made] == [True, False]
@@ -811,7 +823,9 @@ def test_a_checkpoint_is_evaluated(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ("--n-structures", "2", "--n-samples", "1", "--n-steps", "9", "--n-jobs", "1")
     done = run(capsys, "evaluate", "prototypes", *arguments)
-    path = tmp_path / "evaluations" / "prototypes_prototypes" / "summary.json"
+    run(capsys, "evaluate", "prototypes", *arguments, "--best-of", "2")  # which has a folder of its own
+    path = tmp_path / "evaluations" / "prototypes_prototypes_n_samples_1_n_steps_9" / "summary.json"
+    assert path.parent.with_name(f"{path.parent.name}_best_of_2").is_dir()
     assert json.loads(path.read_text())["settings"]["n_steps"] == 9
     assert "score matching, noise levels: 2 crystals of prototypes/test, 1 samples of each" in done.out
     assert str(path.relative_to(tmp_path)) in done.out
@@ -847,7 +861,9 @@ def test_an_energy_is_audited(tmp_path, capsys):
     (tmp_path / "two.cif.gz").write_bytes(gzip.compress(path.read_bytes() + other.read_bytes()))
     (tmp_path / "sum.cif").write_text(other.read_text().replace("'Cs1 Cl1'", "'Cs1 Cl2'"))
     (tmp_path / "POSCAR").write_text("salt\n1\n4 0 0\n0 4 0\n0 0 4\n1 1\ndirect\n0 0 0\n.5 .5 .5\n")
-    bad = {"two.cif.gz": "several crystals", "sum.cif": "Cl", "POSCAR": "BadPoscarWarning"}
+    (tmp_path / "TWO.CIF.GZ").write_bytes((tmp_path / "two.cif.gz").read_bytes())
+    bad = {"two.cif.gz": "several crystals", "TWO.CIF.GZ": "several crystals", "sum.cif": "Cl"}
+    bad |= {"POSCAR": "BadPoscarWarning"}
     for name, message in bad.items():
         with pytest.raises(SystemExit, match=rf"{name}' cannot be read as a crystal: .*{message}"):
             cli.main(["audit", str(other), str(tmp_path / name)])

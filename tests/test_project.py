@@ -115,7 +115,7 @@ def lines_of(paths: list[Path]) -> int:
 
 @pytest.mark.parametrize(
     ("folder", "max_modules", "max_lines"),
-    [("contsp_core", 14, 3600), ("contsp_core/csp", 5, 1500), ("contsp_core/app", 5, 985)],
+    [("contsp_core", 14, 3600), ("contsp_core/csp", 5, 1500), ("contsp_core/app", 5, 1000)],
 )
 def test_package_can_be_read_in_one_sitting(folder, max_modules, max_lines):
     paths = sorted((ROOT / folder).glob("*.py"))

@@ -861,6 +861,9 @@ def test_the_command_line_tells_of_a_run_that_is_finished_and_goes_on_with_a_lon
     assert told.endswith("; --resume with more --n-updates or --minutes goes on\n")
     main([*arguments, "--n-updates", "3", "--resume"])
     assert capsys.readouterr().err.endswith("a.safetensors holds the average after 3 updates\n")
+    paper = [*arguments[:-1], str(tmp_path / "b.safetensors"), "--objective", "contrastive_divergence"]
+    main([*paper, "--n-steps", "1", "--n-updates", "1"])
+    assert capsys.readouterr().err.endswith("b.safetensors holds the weights after 1 updates\n")
 
 
 def test_a_second_interruption_ends_the_command_at_once_with_one_line(tmp_path, monkeypatch):

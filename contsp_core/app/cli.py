@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     own.set_defaults(command=predict)
     own.add_argument("formulas", nargs="+", metavar="FORMULA|FILE.csv", help="or files with a column 'formula'")
     own.add_argument("--checkpoint", help="bundled name or file (default: mp20, or mp for what mp20 does not cover)")
-    own.add_argument("--output", type=Path, default=Path("predictions"), help="folder of a folder per formula")
+    own.add_argument("--output", type=Path, default=Path("predictions"), help="of a folder a formula (predictions)")
     own.add_argument("--source", default="chains", choices=("chains", "templates", "both"), help="default chains")
     own.add_argument("--n-samples", type=int, default=20, help="of each source and cell size (default 20)")
     own.add_argument(
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--dataset", choices=DATASETS, help="default: that of the checkpoint")
     own.add_argument("--split", default="test", choices=("train", "val", "test"))
     own.add_argument("--cifs", type=Path, help="score these: <material_id>/<number>.cif, made by any program")
-    own.add_argument("--output", type=Path, help="default evaluations/<checkpoint or CIF folder>_<dataset>")
+    own.add_argument("--output", type=Path, help="default evaluations/<checkpoint or CIF folder>_<dataset>…")
     own.add_argument("--n-structures", type=int, help="default: all")
     own.add_argument("--n-samples", type=int, help="default 20; with --cifs, as many as there are")
     own.add_argument("--n-steps", type=int, help="of a chain (default: the checkpoint's)")
@@ -160,6 +160,8 @@ def predict(
             print(f"{formula}: kept as it is in {output / formula}/", file=sys.stderr)
             continue
         model, library = models[own], libraries.get(own)
+        if own != (first := next(iter(models))):
+            print(f"{formula}: warning: {first} does not cover it, and {own} seldom finds such yet", file=sys.stderr)
         species, doubts = search.plan(model, formula, settings)
         for text in (search.describe_cells(model, species), *(f"warning: {doubt}" for doubt in doubts)):
             print(f"{formula}: {text}", file=sys.stderr)
@@ -176,9 +178,10 @@ def predict(
                 print(f"{formula}: warning: {name} failed: {reason}", file=sys.stderr)
             if without:
                 raise ValueError(f"{name} failed on all crystals, which are in {folder} as they were found")
-        except (ValueError, OSError, RuntimeError) as error:  # the other formulas do not wait for this one
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:  # the other formulas do not wait for this one
             failed.append(formula)
-            print(f"{formula}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            reason = " ".join(str(error).split()) or "a number is too large for the memory"
+            print(f"{formula}: error: {reason}", file=sys.stderr)
             continue
         with suppress(OSError):  # nobody reads any more
             made = f"{prediction.n_made} candidates by {own}, {folder}/"
@@ -228,7 +231,10 @@ def evaluate(
     settings = EvaluationConfig(progress=True, **options)
     if not (dataset := dataset or read_settings(str(checkpoint)).get("dataset")):
         raise ValueError(f"checkpoint {checkpoint!r} does not say its data set, expected --dataset")
-    output = output or Path("evaluations") / f"{Path(cifs or str(checkpoint)).stem}_{dataset}"
+    given = {name: options[name] for name in ("split", "n_samples", "n_steps", "best_of", "seed")}
+    own = [f"_{name}_{value}" for name, value in given.items() if value != getattr(EvaluationConfig, name)]
+    source = cifs.absolute().name if cifs else Path(str(checkpoint)).stem
+    output = output or Path("evaluations") / "".join([source, "_", dataset, *own])
     if cifs is None:
         found = evaluate_checkpoint(checkpoint, dataset, output, settings)
     else:
@@ -250,8 +256,8 @@ def audit(files: Sequence[Path], checkpoint: str, calculator: str | None, cutoff
 
     from contsp_core.data import find_checkpoint, parse_cifs, retold
 
-    if not 0 <= seed < 2**62:
-        raise ValueError(f"seed is {seed}, expected 0 … {2**62 - 1}")
+    if not 0 <= seed <= 2**62:
+        raise ValueError(f"seed is {seed}, expected 0 … {2**62}")
     if cutoff is not None and not (calculator and 0 < cutoff < math.inf):
         raise ValueError(f"cutoff is {cutoff}, expected a length > 0, for --calculator")
     calculator or find_checkpoint(checkpoint)
@@ -259,7 +265,7 @@ def audit(files: Sequence[Path], checkpoint: str, calculator: str | None, cutoff
     for path in files:
         with retold(f"{str(path)!r} cannot be read as a crystal", Exception):  # pymatgen raises many kinds
             if re.search(r"\.cif(\.|$)", path.name, re.IGNORECASE):
-                open_file = gzip.open if path.suffix == ".gz" else open
+                open_file = gzip.open if path.suffix.lower() == ".gz" else open
                 with open_file(path, "rt", encoding="utf-8", errors="replace") as file:
                     (crystal,) = parse_cifs([file.read()])
                 if isinstance(crystal, str):

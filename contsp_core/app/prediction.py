@@ -31,7 +31,7 @@ from contsp_core.csp import candidates
 from contsp_core.csp.metrics import check_limits, run_with_time_limit
 from contsp_core.data import CHECKPOINTS, find_checkpoint, parse_formula
 from contsp_core.energy import ContinuousCGCNN, portable
-from contsp_core.sampler import of_pattern, sample_structures, training_counts
+from contsp_core.sampler import of_pattern, sample_structures, sampling_config, training_counts
 
 if TYPE_CHECKING:
     from ase.calculators.calculator import BaseCalculator
@@ -44,7 +44,8 @@ DEFAULTS = ("mp20", "mp")  # bundled checkpoints, of which the first that covers
 CALIBRATED = {"mp20": (1.52, 1.144, -3.116)}  # bundled checkpoint -> parameters of confidence
 N_CALIBRATED = 20  # chains of each size for which they were fitted; fewer agree by chance, more were not tried
 TOO_CLOSE = f"too close: atoms nearer than {candidates.CLOSEST} of the sum of their covalent radii; they come last"
-UNITS = "energy: learned, per atom, no unit; density: g/cm³; V/atom: Å³; shortest, a, b, c: Å; atoms: in a, b, c"
+UNITS = "energy: learned, per atom, no unit; found: times, in all and by source; "
+UNITS += "density: g/cm³; V/atom: Å³; shortest, a, b, c: Å; atoms: in a, b, c"
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,14 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         check_limits(self.n_jobs)
-        check_settings(self, seed=(0, 2**62), n_jobs=(-1, 2**62))
+        check_settings(self, seed=(0, 2**62), n_jobs=(-1, 2**62), n_samples=(1, 10**6), n_steps=(1, 10**6))
         if self.source == "templates" and (self.n_steps or self.minutes):
             raise ValueError("n_steps and minutes are for chains, not for source 'templates'")
         units = self.n_units
         if units is not None and not (isinstance(units, tuple) and all(type(n) is int and n > 0 for n in units or [0])):
             raise ValueError(f"n_units is {self.n_units}, expected a tuple of integers ≥ 1, or None")
+        if (own := self.confidence) is not None and (type(own) is not tuple or [*map(type, own)] != [float] * 3):
+            raise ValueError(f"confidence is {own!r}, expected a tuple of three floats, or None")
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ class Prediction:
         return [group[0] for group in self.groups]
 
     def relaxed(self, calculator: BaseCalculator, n_jobs: int = -1) -> Prediction:
-        """Relaxed and ranked by an ASE calculator, as by :func:`relax_and_rank`; its energy is in the table."""
+        """Relaxed and ranked by an ASE calculator (:func:`relax_and_rank`): those that become one are joined, those on
+        which it fails come last, as they were; its energy (eV/atom), or why it failed, is in the table."""
         from contsp_core.app.calculators import relax_and_rank
 
         numbered = [structure.copy() for structure in self.best]
@@ -108,7 +112,7 @@ class Prediction:
         return replace(self, groups=groups, table=table)
 
     def compared(self, measured: np.ndarray) -> Prediction:
-        """Ranked by the :func:`agreement` with a measured powder pattern, in the table as ``xrd``."""
+        """Ranked by the :func:`agreement` with a measured powder pattern (n, 2), in the table as ``xrd``."""
         table = self.table.assign(xrd=[agreement(structure, measured) for structure in self.best])
         table = table.sort_values("xrd", ascending=False, kind="stable")
         table = table.loc[sorted(table.index, key=lambda rank: candidates.is_crowded(self.best[rank - 1]))]
@@ -216,11 +220,14 @@ def predict(
         library: training crystals, needed for the sources ``templates`` and ``both``.
         progress: show a progress bar where standard error is a terminal.
         stop: asked before every ``ROUND`` chains of each size whether to end with what was found.
-        measured: a powder pattern; the crystals kept are those that agree best, not those of lowest energy.
+        measured: a powder pattern (n, 2), 2θ in degrees and counts; the crystals kept are those that agree best, not
+            those of lowest energy.
 
     Text that is no formula, cells that are too large, a library that is missing, and nothing found are a ValueError.
     """
     config, made = config or PredictConfig(), list[Structure]()
+    if measured is not None and (np.ndim(measured) != 2 or measured.shape[1] != 2):
+        raise ValueError(f"measured has shape {np.shape(measured)}, expected (n, 2): angles and counts")
     species, doubted = plan(model, formula, config)
     if config.source != "chains":
         if library is None:
@@ -237,8 +244,9 @@ def predict(
     groups = [sorted(group, key=candidates.is_crowded) for group in groups]  # comparing them ignores volumes
     sound, chances = np.array([not candidates.is_crowded(group[0]) for group in groups]), np.zeros(len(groups))
     energies, counts = np.array([(group[0].properties["energy"], len(group)) for group in groups]).T
-    as_calibrated = config.source == "chains" and config.n_steps is None and not doubted
-    if config.confidence and as_calibrated and len(made) >= N_CALIBRATED * len(species) and sound.any():
+    as_calibrated = not doubted and config.n_steps in (None, sampling_config(model).n_steps)
+    as_calibrated &= config.source == "chains" and len(made) >= N_CALIBRATED * len(species)
+    if config.confidence and as_calibrated and sound.any():
         chances[sound] = confidence(energies[sound], counts[sound] / len(made), config.confidence)
     order = np.lexsort((energies, -chances * (len(species) == 1), ~sound))  # of several sizes, small cells recur more
     if measured is not None:
@@ -246,7 +254,7 @@ def predict(
     table = tabulate(kept := [groups[i] for i in order[: config.n_best]], config.n_jobs)
     if chances.any():
         table.insert(1, "confidence", chances[order[: config.n_best]])
-    if counts.max() == 1:
+    if counts.max() == 1 and config.source != "templates":
         doubted.append("no crystal was found twice: more chains would find others")
     return Prediction(formula, kept, table, len(made), doubted)
 
@@ -311,7 +319,8 @@ def tabulate(groups: list[list[Structure]], n_jobs: int = -1) -> pd.DataFrame:
     table.insert(table.columns.get_loc("space group"), "prototype", [name or "" for name in names])
     for name in ("calculator_error", "calculator_converged", "calculator_energy"):
         if any(name in structure.properties for structure in best):
-            table.insert(1, name, [structure.properties.get(name) for structure in best])
+            without = "" if name == "calculator_error" else None  # pandas makes NaN of None among texts
+            table.insert(1, name, [structure.properties.get(name, without) for structure in best])
     if any(crowded := [candidates.is_crowded(structure) for structure in best]):
         table.insert(1, "too close", crowded)
     return table

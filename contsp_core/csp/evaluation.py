@@ -16,7 +16,7 @@ from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -49,10 +49,10 @@ class EvaluationConfig:
     """What is sampled and compared; a wrong value is a ValueError in one line."""
 
     source: str = "chains"  # one of contsp_core.csp.candidates.SOURCES; of no meaning for CIF files
-    split: str = "test"
+    split: Literal["train", "val", "test"] = "test"
     n_structures: int | None = None  # crystals, chosen by the seed; None: all
     n_samples: int | None = None  # of each crystal; None: 20, or as many as the CIF files have
-    n_steps: int | None = None  # energy gradients a candidate; None: as the source does by itself
+    n_steps: int | None = None  # energy gradients a candidate, if it takes any; None: as the source does by itself
     best_of: int = 1  # candidates of each sample, which is the one of lowest energy; of no meaning for CIF files
     seed: int = 0  # of the choice and of the samples
     device: str | None = None  # where the model runs; None: on the CPU
@@ -65,7 +65,8 @@ class EvaluationConfig:
         if self.source not in SOURCES:
             raise ValueError(f"source is {self.source!r}, expected one of {', '.join(SOURCES)}")
         check_limits(self.n_jobs, self.time_limit_s)
-        check_settings(self, seed=(0, 2**62), n_jobs=(-1, math.inf))
+        counts = dict.fromkeys(("n_samples", "n_steps", "best_of"), (1, 10**6))
+        check_settings(self, seed=(0, 2**62), n_jobs=(-1, math.inf), **counts)
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def evaluate_checkpoint(
     A second call makes only the samples that are missing. All cores are used, or those that joblib is told to use, for
     example by ``joblib.parallel_config(backend="dask")``; the result does not depend on it (but for rounding).
 
-    ``checkpoint`` is a bundled one by data set name, or a file, or None for sources that need no model; by default 20
-    chains are made for each test crystal. It is a ValueError if a checkpoint or data set is unknown, or if the folder,
+    ``checkpoint`` is a bundled one by name, or a file, or None for sources that need no model; by default 20 chains
+    are made for each test crystal. It is a ValueError if a checkpoint or data set is unknown, or if the folder,
     which is made if missing, holds samples of other settings.
     """
     settings, model, chosen, record = _load(checkpoint, dataset, settings)
@@ -119,10 +120,9 @@ def evaluate_cifs(
 ) -> Evaluation:
     """Score crystals made by any program: ``<cif_dir>/<material_id>/<sample number>.cif``.
 
-    A file that is missing or cannot be read keeps its place as a sample that matches nothing.
-
-    Results go to ``output_dir``, with the name of the ``method``. If a checkpoint is given, the energy of its judge
-    chooses among the samples. A folder that is missing, or has no sample of the crystals chosen, is a ValueError.
+    A file that is missing or cannot be read keeps its place as a sample that matches nothing. Results go to
+    ``output_dir``, with the name of the ``method``. If a checkpoint is given, the energy of its judge chooses among the
+    samples. A folder that is missing, or has no sample of the crystals chosen, is a ValueError.
     """
     settings, model, chosen, record = _load(checkpoint, dataset, settings)
     record |= {"source": "cifs", "n_samples": settings.n_samples, "n_steps": None}
@@ -169,7 +169,7 @@ def _make(model: Any, training: bytes | None, options: dict, best_of: int, cryst
 
 
 def keep_best(candidates: Sequence[Structure | None], n: int) -> list[Structure | None]:
-    """Of every ``n`` consecutive candidates the one of lowest energy; None where there is none."""
+    """Of every ``n`` consecutive candidates the one of lowest energy; None where there is none. ``n`` divides them."""
     energies = [math.inf if s is None else s.properties.get("energy", 0.0) for s in candidates]
     lowest = torch.tensor(energies, dtype=torch.float64).nan_to_num(math.inf).view(-1, n).argmin(dim=1).tolist()
     return [candidates[n * row + place] for row, place in enumerate(lowest)]
@@ -235,8 +235,10 @@ def crystal_folder(folder: str | Path, material_id: str) -> Path:
 def compare_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Write the settings of the samples in a folder, or compare them with those found: a ValueError if they differ."""
     path, settings = folder / SETTINGS, json.loads(json.dumps(settings, default=str))
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {str(folder)!r} is a file, expected a folder, or none")
     if not path.is_file():
-        if (folder / SUMMARY).exists() or (folder / TABLE).exists():
+        if any((folder / name).exists() for name in (SUMMARY, TABLE, "candidates.json")):  # this one of a prediction
             raise ValueError(f"output_dir {str(folder)!r} has results, but no {SETTINGS}: choose another folder")
         with retold(f"output_dir {str(folder)!r} cannot be written", OSError, kind=OSError), suppress(FileExistsError):
             write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n", replace=False)
@@ -310,7 +312,7 @@ def read_samples(
             if files.setdefault((row, int(path.stem)), path) != path:
                 raise ValueError(f"{path} has the number of {files[row, int(path.stem)].name}, expected different ones")
     if not files and not any((crystal_folder(folder, name) / ENERGIES).is_file() for name in material_ids):
-        raise ValueError(f"cif_dir {str(folder)!r} has no <material_id>/<number>.cif, such as {material_ids[0]}/0.cif")
+        raise ValueError(f"folder {str(folder)!r} has no <material_id>/<number>.cif of {len(material_ids)} crystals")
     numbers = [number for _, number in files] or [0]  # none: no crystal has a template
     first = min(1, *numbers)
     n_samples = n_samples or max(numbers) - first + 1
