@@ -146,7 +146,8 @@ def choose_checkpoint(
 ) -> tuple[str, PredictConfig]:
     """The first of several that raises no doubts about a formula, else the last, and the settings with its confidence.
 
-    Models go by names or paths; only the bundled ones have parameters of :func:`confidence`.
+    Models (one or more) go by names or paths; only the bundled ones have parameters of :func:`confidence`. A ValueError
+    tells of a name that is none of a checkpoint, and of what :func:`plan` refuses.
     """
     name = next((name for name, model in models.items() if not plan(model, formula, config)[1]), [*models][-1])
     bundled = (path := find_checkpoint(name)).resolve().parent == CHECKPOINTS.resolve()
