@@ -19,6 +19,7 @@ from contsp_core import load_model
 from contsp_core.app.files import identify, provenance, write_prediction
 from contsp_core.app.prediction import (
     DEFAULTS,
+    FALLBACK,
     TOO_CLOSE,
     PredictConfig,
     Prediction,
@@ -66,7 +67,8 @@ def show_form(formula: str = "SrTiO3", checkpoint: str | None = None) -> None:
             used, config = choose_checkpoint(models, text.value, config)
             energy, identity = models[used], identify(used)
             sizes, doubts = plan(energy, text.value, config)
-            doubted = "".join(f"<br><b>{doubt}</b>" for doubt in doubts)
+            beyond = [FALLBACK] if used != next(iter(models)) else []
+            doubted = "".join(f"<br><b>{doubt}</b>" for doubt in beyond + doubts)
             begun = html.escape(f"{used} searches {text.value}")
             message.value = f"{begun}: {describe_cells(energy, sizes)} …{doubted}"
             stop.disabled = source.value == "templates"  # which are made in one go
@@ -75,7 +77,7 @@ def show_form(formula: str = "SrTiO3", checkpoint: str | None = None) -> None:
                 library = TemplateLibrary.of_checkpoint(used)
             # in a thread, so that the kernel hears Stop
             prediction = await asyncio.to_thread(predict, energy, text.value, config, library, stop=stopped.is_set)
-            said = [f"<b>{doubt}</b>" for doubt in prediction.doubts]
+            said = [f"<b>{doubt}</b>" for doubt in beyond + prediction.doubts]
             said += [TOO_CLOSE] if "too close" in prediction.table else []
             origin = provenance(identity, config, prediction)
             end = html.escape(used) + " until it was stopped" * stopped.is_set()

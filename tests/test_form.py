@@ -55,14 +55,20 @@ def test_what_was_typed_before_the_button_is_searched_even_if_it_arrives_later(s
 
 
 def test_without_a_checkpoint_the_one_that_covers_the_formula_is_asked(monkeypatch):
-    displayed, searched = [], []
+    displayed, searched, warned = [], [], []
+
+    def search(model, *_, **__):
+        searched.append(len(training_counts(model)))
+        warned.append("seldom" in texts(displayed))
+
     monkeypatch.setattr(form, "is_live", lambda: True)
     monkeypatch.setattr(form, "display", displayed.append)
-    monkeypatch.setattr(form, "predict", lambda model, *rest, **more: searched.append(len(training_counts(model))))
+    monkeypatch.setattr(form, "predict", search)
     form.show_form("NaCl")
     for formula in ("KBr", "LiFePO4"):
         asyncio.run(asyncio.wait_for(type_late(parts(displayed[0]), formula), 60))
     assert searched == [len(training_counts(load_model(name))) for name in ("mp20", "mp")]
+    assert warned == [False, True]
 
 
 async def press_both(shown):

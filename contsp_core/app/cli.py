@@ -160,8 +160,8 @@ def predict(
             print(f"{formula}: kept as it is in {output / formula}/", file=sys.stderr)
             continue
         model, library = models[own], libraries.get(own)
-        if own != (first := next(iter(models))):
-            print(f"{formula}: warning: {first} does not cover it, and {own} seldom finds such yet", file=sys.stderr)
+        if own != next(iter(models)):
+            print(f"{formula}: warning: {search.FALLBACK}", file=sys.stderr)
         species, doubts = search.plan(model, formula, settings)
         for text in (search.describe_cells(model, species), *(f"warning: {doubt}" for doubt in doubts)):
             print(f"{formula}: {text}", file=sys.stderr)

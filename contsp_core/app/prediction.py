@@ -41,6 +41,7 @@ PART = 10  # chains of each size that run together, if more than every process h
 N_SIZES = 3  # numbers of formula units that are tried, of those that training crystals have
 ROUND = 8  # chains of each size between two looks at the clock
 DEFAULTS = ("mp20", "mp")  # bundled checkpoints, of which the first that covers a formula answers, else the last
+FALLBACK = f"{DEFAULTS[0]} does not cover it, and {DEFAULTS[1]} seldom finds such yet"
 CALIBRATED = {"mp20": (1.52, 1.144, -3.116)}  # bundled checkpoint -> parameters of confidence
 N_CALIBRATED = 20  # chains of each size for which they were fitted; fewer agree by chance, more were not tried
 TOO_CLOSE = f"too close: atoms nearer than {candidates.CLOSEST} of the sum of their covalent radii; they come last"
@@ -146,8 +147,7 @@ def choose_checkpoint(
 ) -> tuple[str, PredictConfig]:
     """The first of several that raises no doubts about a formula, else the last, and the settings with its confidence.
 
-    Models (one or more) go by names or paths; only the bundled ones have parameters of :func:`confidence`. A ValueError
-    tells of a name that is none of a checkpoint, and of what :func:`plan` refuses.
+    Models (≥ 1) go by names or paths; only bundled ones have parameters of :func:`confidence`. Refuses what plan does.
     """
     name = next((name for name, model in models.items() if not plan(model, formula, config)[1]), [*models][-1])
     bundled = (path := find_checkpoint(name)).resolve().parent == CHECKPOINTS.resolve()
