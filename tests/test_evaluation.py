@@ -21,6 +21,7 @@ import torch
 from pymatgen.core import Lattice, Structure
 from results import overview_table, results_table, to_markdown
 
+from contsp_core.app.files import MADE_BY
 from contsp_core.checkpoints import load_model, save_checkpoint
 from contsp_core.csp import evaluation
 from contsp_core.csp.candidates import SOURCES
@@ -376,7 +377,7 @@ def test_a_folder_of_perfect_cifs_scores_perfectly_and_missing_files_count(check
         with pytest.raises(ValueError, match=rf"cif_dir is '.*{name}', expected a folder with .*/0\.cif, or others"):
             evaluate_cifs(tmp_path / name, "prototypes", tmp_path / "nothing", settings, checkpoint)
     assert not (tmp_path / "nothing").exists()
-    for folder, file in (("prediction", "candidates.json"), ("mine", "summary.json")):
+    for folder, file in (("prediction", MADE_BY), ("mine", "summary.json")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / file).write_text("{}")
     with pytest.raises(ValueError, match=r"prediction' has results, but no settings\.json"):
