@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     own.set_defaults(command=predict)
     own.add_argument("formulas", nargs="+", metavar="FORMULA|FILE.csv", help="or files with a column 'formula'")
     own.add_argument("--checkpoint", help="bundled name or file (default: mp20, or mp for what mp20 does not cover)")
-    own.add_argument("--output", type=Path, default=Path("predictions"), help="of a folder a formula (predictions)")
+    own.add_argument("--output", type=Path, default=Path("predictions"), help="folder of their folders (predictions)")
     own.add_argument("--source", default="chains", choices=("chains", "templates", "both"), help="default chains")
     own.add_argument("--n-samples", type=int, default=20, help="of each source and cell size (default 20)")
     own.add_argument(
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--dataset", choices=DATASETS, help="default: that of the checkpoint")
     own.add_argument("--split", default="test", choices=("train", "val", "test"))
     own.add_argument("--cifs", type=Path, help="score these: <material_id>/<number>.cif, made by any program")
-    own.add_argument("--output", type=Path, help="default evaluations/<checkpoint or CIF folder>_<dataset>…")
+    own.add_argument("--output", type=Path, help="default evaluations/<checkpoint or CIFs>_<dataset>_<other settings>")
     own.add_argument("--n-structures", type=int, help="default: all")
     own.add_argument("--n-samples", type=int, help="default 20; with --cifs, as many as there are")
     own.add_argument("--n-steps", type=int, help="of a chain (default: the checkpoint's)")
