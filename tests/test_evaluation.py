@@ -127,8 +127,8 @@ def test_a_file_that_takes_too_long_is_as_good_as_missing(tmp_path, monkeypatch)
     [
         ("x/best.cif", "no number"),
         ("x/99999999999.cif", "no number < 100000"),
-        ("x/1.txt", "has no <material_id>"),
-        (None, "has no <material_id>"),
+        ("x/1.txt", "has no x/0.cif or other"),
+        (None, "has no x/0.cif or other"),
     ],
 )
 def test_wrong_folders_are_named_in_one_line(tmp_path, name, message):
@@ -374,8 +374,12 @@ def test_a_folder_of_perfect_cifs_scores_perfectly_and_missing_files_count(check
         evaluate_cifs(tmp_path / "other", "prototypes", tmp_path / "scores", settings, checkpoint)
     (tmp_path / "empty").mkdir()
     for name in ("absent", "empty"):
-        with pytest.raises(ValueError, match=rf"cif_dir is '.*{name}', expected a folder with .*/0\.cif, or others"):
+        with pytest.raises(ValueError, match=rf"folder '.*{name}' has no .*/0\.cif or other sample"):
             evaluate_cifs(tmp_path / name, "prototypes", tmp_path / "nothing", settings, checkpoint)
+    (tmp_path / "empty" / split.material_ids[row]).mkdir()
+    (tmp_path / "empty" / split.material_ids[row] / "best.cif").touch()
+    with pytest.raises(ValueError, match=r"best\.cif has no number"):
+        evaluate_cifs(tmp_path / "empty", "prototypes", tmp_path / "nothing", settings, checkpoint)
     assert not (tmp_path / "nothing").exists()
     for folder, file in (("prediction", MADE_BY), ("mine", "summary.json")):
         (tmp_path / folder).mkdir()

@@ -126,8 +126,7 @@ def evaluate_cifs(
     """
     settings, model, chosen, record = _load(checkpoint, dataset, settings)
     record |= {"source": "cifs", "n_samples": settings.n_samples, "n_steps": None}
-    if not any(path for name in chosen.material_ids for path in crystal_folder(cif_dir, name).glob("*.cif")):
-        raise ValueError(f"cif_dir is '{cif_dir}', expected a folder with {chosen.material_ids[0]}/0.cif, or others")
+    sample_files(cif_dir, chosen.material_ids)  # a wrong name is told before settings are written
     compare_settings(Path(output_dir), record | {"cif_dir": str(Path(cif_dir).resolve()), "n_structures": None})
     return _score(Path(cif_dir), chosen, record | {"method": method}, model, Path(output_dir), settings)
 
@@ -295,24 +294,10 @@ def read_samples(
     """Read the samples of some crystals; None stands for a file that is missing or cannot be read.
 
     Numbers in file names start at 0, or at 1 if no crystal has a 0. Energies found beside the files go to
-    ``properties["energy"]``.
-
-    Args:
-        folder: has one folder a crystal.
-        n_samples: how many samples a crystal should have; by default the largest number found.
-        limits: n_jobs, time_limit_s (of one file) and progress, as for :func:`run_with_time_limit`.
-
-    A ValueError tells of a folder that has no sample of these crystals, and of a name that is no number.
+    ``properties["energy"]``. Each should have ``n_samples``, by default the largest number found; ``limits`` (of one
+    file) are options of :func:`run_with_time_limit`. ValueErrors are those of :func:`sample_files`.
     """
-    files: dict[tuple[int, int], Path] = {}
-    for row, material_id in enumerate(material_ids):
-        for path in filter(Path.is_file, sorted(crystal_folder(folder, material_id).glob("*.cif"))):
-            if not path.stem.isdecimal() or len(path.stem) > 5:
-                raise ValueError(f"{path} has no number < 100000 as name, expected <material_id>/<sample number>.cif")
-            if files.setdefault((row, int(path.stem)), path) != path:
-                raise ValueError(f"{path} has the number of {files[row, int(path.stem)].name}, expected different ones")
-    if not files and not any((crystal_folder(folder, name) / ENERGIES).is_file() for name in material_ids):
-        raise ValueError(f"folder {str(folder)!r} has no <material_id>/<number>.cif of {len(material_ids)} crystals")
+    files = sample_files(folder, material_ids)
     numbers = [number for _, number in files] or [0]  # none: no crystal has a template
     first = min(1, *numbers)
     n_samples = n_samples or max(numbers) - first + 1
@@ -331,6 +316,23 @@ def read_samples(
     if failed:
         warnings.warn(f"{len(failed)} CIF files cannot be read, such as {failed[0]}", stacklevel=2)
     return samples
+
+
+def sample_files(folder: str | Path, material_ids: Sequence[str]) -> dict[tuple[int, int], Path]:
+    """The CIF files of samples, by crystal and by the number in their name.
+
+    A ValueError tells of a folder that has no sample of these crystals, and of a name that is no number.
+    """
+    files: dict[tuple[int, int], Path] = {}
+    for row, material_id in enumerate(material_ids):
+        for path in filter(Path.is_file, sorted(crystal_folder(folder, material_id).glob("*.cif"))):
+            if not path.stem.isdecimal() or len(path.stem) > 5:
+                raise ValueError(f"{path} has no number < 100000 as name, expected <material_id>/<sample number>.cif")
+            if files.setdefault((row, int(path.stem)), path) != path:
+                raise ValueError(f"{path} has the number of {files[row, int(path.stem)].name}, expected different ones")
+    if not files and not any((crystal_folder(folder, name) / ENERGIES).is_file() for name in material_ids):
+        raise ValueError(f"folder {str(folder)!r} has no {material_ids[0]}/0.cif or other sample of these crystals")
+    return files
 
 
 def _parse(cif: str) -> Structure | str:
