@@ -1,6 +1,6 @@
 """What the evaluation notebook shows of its scores: curves, ranking, and tables beside published numbers.
 
-``python notebooks/results.py figures/04_results_*.csv`` prints the tables of the README; given ``summary.json``
+``python notebooks/results.py figures/04_results_*.csv`` prints the tables of figures/README.md; given ``summary.json``
 of an evaluation, its row.
 """
 
