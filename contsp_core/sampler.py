@@ -157,7 +157,6 @@ def sample_structures(
     device: str | torch.device | None = None,
     *,
     batch_atoms: int | None = None,
-    progress: bool = False,
 ) -> list[list[Structure]]:
     """Draw crystals of given species from a trained energy.
 
@@ -172,15 +171,12 @@ def sample_structures(
         seed: the same seed on the same machine gives the same structures.
         device: where to run; by default where the model is.
         batch_atoms: atoms that move together; by default :func:`batch_size`.
-        progress: show a progress bar of chain steps.
 
     Returns:
         One list of structures per entry, each with the model's own energy (dimensionless; a judge may rank better) in
         ``properties["energy"]``. A ValueError tells of an entry that is no formula and no list of atomic numbers, or a
         number that is no count.
     """
-    from tqdm.auto import tqdm
-
     numbered = n_samples if isinstance(n_samples, range) else None
     count = n_samples if numbered is None else len(numbered) * (min(numbered, default=0) >= 0)
     given = {"n_samples": count, "batch_atoms": 1 if batch_atoms is None else batch_atoms, "seed": seed}
@@ -193,17 +189,14 @@ def sample_structures(
         model = copy.deepcopy(model).eval().to(device or next(model.parameters()).device)
     numbered = range(cast(int, n_samples)) if numbered is None else numbered
     chains = [(numbers, n) for numbers in sorted(set(entries), key=lambda e: (len(e), e)) for n in numbered]
-    batches = pack([len(numbers) for numbers, _ in chains], batch_atoms or batch_size(model))
     found: dict[tuple[int, ...], list[Structure]] = {numbers: [] for numbers in entries}
-    with tqdm(total=len(batches) * config.n_steps, desc="sampling", unit="step", disable=not progress) as bar:
-        for batch in batches:
-            rng = [keyed_rng(seed, numbers, number) for numbers, number in chains[batch]]
-            numbers, places = zip(*chains[batch])
-            crystals = start_crystals(model, numbers, rng, places)
-            crystals = run_chains(model, crystals, config, rng, lambda *_: bar.update())
-            with torch.no_grad():
-                energies = model(crystals).tolist()
-            for (numbers, _), structure, energy in zip(chains[batch], crystals.to_structures(), energies, strict=True):
-                structure.properties["energy"] = energy
-                found[numbers].append(structure)
+    for batch in pack([len(numbers) for numbers, _ in chains], batch_atoms or batch_size(model)):
+        rng = [keyed_rng(seed, numbers, number) for numbers, number in chains[batch]]
+        numbers, places = zip(*chains[batch])
+        crystals = run_chains(model, start_crystals(model, numbers, rng, places), config, rng)
+        with torch.no_grad():
+            energies = model(crystals).tolist()
+        for (numbers, _), structure, energy in zip(chains[batch], crystals.to_structures(), energies, strict=True):
+            structure.properties["energy"] = energy
+            found[numbers].append(structure)
     return [copy.deepcopy(found[numbers]) for numbers in entries]  # Structure.copy shares the properties

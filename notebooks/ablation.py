@@ -12,12 +12,11 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import pandas as pd
 import torch
-from parameters import output_file
+from parameters import FIGURES, output_file
 from samplers import draw, score_samples
 
 from contsp_core.crystals import Crystals, keyed_rng
@@ -65,7 +64,7 @@ def validation_loss(model: ContinuousCGCNN, crystals: Crystals) -> dict[str, flo
         parts = [
             denoising_residual(model, batch, torch.full((len(batch),), sigma), keyed_rng("ablation", sigma, first))
             for first in range(0, len(crystals), 100)
-            for batch in [crystals[torch.arange(first, min(first + 100, len(crystals)))]]
+            for batch in [crystals[first : first + 100]]
         ]
         found[f"atoms {sigma}"] = float(torch.cat([part.loss_positions for part in parts]).mean())
         found[f"cell {sigma}"] = float(torch.cat([part.loss_strain for part in parts]).mean())
@@ -113,7 +112,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=output_file(".csv"), help="a .csv (default figures/03_ablation_<dataset>.csv)")
     options = parser.parse_args()
-    output = options.output or Path(__file__).parent.parent / "figures" / f"03_ablation_{options.dataset}.csv"
+    output = options.output or FIGURES / f"03_ablation_{options.dataset}.csv"
     torch.set_num_threads(1)
     table = compare_variants(options.dataset, options.minutes, options.seed, print, options.variants)
     table.to_csv(output, index=False, float_format="%.3g")

@@ -8,13 +8,12 @@ its graph, Å. Energies are per atom, in units of their standard deviation over 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import pandas as pd
 import torch
 from cgcnn import CGCNN
 from matplotlib.figure import Figure
-from parameters import output_file
+from parameters import FIGURES, output_file
 
 from contsp_core import Crystals, load_model
 from contsp_core.app.calculators import load_calculator
@@ -84,7 +83,6 @@ def plot_profiles(tables: dict[str, pd.DataFrame]) -> Figure:
 
 
 def main() -> None:
-    """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calculator", nargs="*", default=[], help="module:Class@radius of ASE calculators")
     parser.add_argument("--dataset", default="mp20", help="of the crystals (test split) and of the bundled checkpoint")
@@ -92,9 +90,7 @@ def main() -> None:
     parser.add_argument("--max-atoms", type=int, default=8, help="in a crystal")
     parser.add_argument("--n-scale", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output", type=output_file(".csv"), default=Path(__file__).parent.parent / "figures" / "01_audit_others.csv"
-    )
+    parser.add_argument("--output", type=output_file(".csv"), default=FIGURES / "01_audit_others.csv")
     options = parser.parse_args()
     torch.set_num_threads(1)
     small = [s for s in load_split(options.dataset, "test").structures if len(s) <= options.max_atoms]

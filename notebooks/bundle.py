@@ -20,15 +20,13 @@ from contsp_core.checkpoints import load_model, read_settings, save_checkpoint
 from contsp_core.data import CHECKPOINTS, choose, load_split
 from contsp_core.sampler import sampling_config
 
-MADE_ANEW = ("energy", "sampling")  # by saving
-
 
 def bundle(trained: Path, folder: Path = CHECKPOINTS, judge: str | None = None, n_steps: int | None = None) -> Path:
     """The bundled checkpoint; ``.csv`` and ``.md`` lie beside it."""
     model, header = load_model(trained), read_settings(trained)
     if n_steps is not None:
         model.sampling = replace(sampling_config(model), n_steps=n_steps)
-    settings = {name: value for name, value in header.items() if name not in MADE_ANEW}
+    settings = {name: value for name, value in header.items() if name not in ("energy", "sampling")}  # made by saving
     settings |= {"judge": judge} if judge else {}
     if model.noise_features is not None:
         crystals = load_split(header["dataset"], "val").crystals.to(torch.float32)

@@ -39,7 +39,6 @@ def rates(table: pd.DataFrame) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="made by contsp evaluate")
     parser.add_argument(

@@ -16,7 +16,7 @@ from unittest import mock
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
-from parameters import output_file
+from parameters import FIGURES, output_file
 from samplers import score_samples
 from torch import Tensor
 
@@ -156,7 +156,6 @@ def train(name: str, dataset: str, output: Path, n_updates: int, n_steps: int, s
 
 
 def main() -> None:
-    """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="perov5", choices=DATASETS)
     parser.add_argument("--checkpoint", nargs="+", help="trained by contrastive divergence, without noise levels")
@@ -185,7 +184,7 @@ def main() -> None:
         torch.set_num_threads(1)
         train(options.train, options.dataset, options.output, options.n_updates, options.n_steps, options.seed)
         return
-    output = options.output or Path(__file__).parent.parent / "figures" / f"03_departures_{options.dataset}.csv"
+    output = options.output or FIGURES / f"03_departures_{options.dataset}.csv"
     like, tables = load_model(options.like or options.dataset), {}
     references = choose(load_split(options.dataset, "val"), options.n_structures, options.seed)
     for checkpoint in options.checkpoint:

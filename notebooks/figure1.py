@@ -12,7 +12,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
-from parameters import output_file
+from parameters import FIGURES, output_file
 from pymatgen.core import Composition, Structure
 
 from contsp_core import Crystals, load_model
@@ -123,15 +123,12 @@ def draw_update(update: Update, caption: str) -> Figure:
 
 
 def main() -> None:
-    """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="perov5", choices=DATASETS)
     parser.add_argument("--formula", default="BaTiO3", help="of the training crystal: the first one that has it")
     parser.add_argument("--checkpoint", help="by name or file (default: random weights of the paper's preset)")
     parser.add_argument("--seed", type=int, default=6, help="of weights and chain; 6 draws two formula units")
-    parser.add_argument(
-        "--output", type=output_file(".svg"), default=Path(__file__).parents[1] / "figures" / "03_figure1.svg"
-    )
+    parser.add_argument("--output", type=output_file(".svg"), default=FIGURES / "03_figure1.svg")
     options = parser.parse_args()
     split = load_split(options.dataset, "train")
     formulas = [structure.reduced_formula for structure in split]

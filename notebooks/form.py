@@ -82,7 +82,8 @@ def show_form(formula: str = "SrTiO3", checkpoint: str | None = None) -> None:
             origin = provenance(identity, config, prediction)
             end = html.escape(used) + " until it was stopped" * stopped.is_set()
             message.value = "<br>".join([f"{prediction.formula}: {prediction.n_made} candidates by {end}", *said])
-            result.children = (_table(prediction), _viewer(prediction), _download(prediction, origin))
+            table = widgets.HTML(prediction.table.round(2).to_html(border=0))
+            result.children = (table, _viewer(prediction), _download(prediction, origin))
         except Exception as error:  # whatever it is, it is told where someone looks
             message.value = f"<b style='color:#b00'>{html.escape(one_line(error))}</b>"
         finally:
@@ -100,10 +101,6 @@ def show_form(formula: str = "SrTiO3", checkpoint: str | None = None) -> None:
     stop.on_click(end_early)
     buttons = widgets.HBox([source, n_samples, button, stop])
     display(widgets.VBox([widgets.HBox([text, model]), buttons, message, result]))
-
-
-def _table(prediction: Prediction) -> widgets.HTML:
-    return widgets.HTML(prediction.table.round(2).to_html(border=0))
 
 
 def _viewer(prediction: Prediction) -> widgets.VBox:

@@ -9,10 +9,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
-from parameters import output_file
+from parameters import FIGURES, output_file
 from predictions import compare_with_known
 from pymatgen.core import Lattice, Structure
 from pymatgen.util.string import latexify
@@ -103,9 +102,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", default="mp20")
     parser.add_argument("--n-samples", type=int, default=20)
-    parser.add_argument(
-        "--output", type=output_file(".csv"), default=Path(__file__).parents[1] / "figures" / "06_gallery.csv"
-    )
+    parser.add_argument("--output", type=output_file(".csv"), default=FIGURES / "06_gallery.csv")
     options = parser.parse_args(arguments)
     check_unknown(read_settings(options.checkpoint)["dataset"])
     model, rows, pictures = load_model(options.checkpoint), {}, []

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from parameters import output_file
+from parameters import FIGURES, output_file
 from pymatgen.core import Structure
 
 from contsp_core import Crystals, load_model
@@ -95,7 +94,6 @@ def draw_minima(table: pd.DataFrame) -> Figure:
 
 
 def main() -> None:
-    """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", nargs="+", default=["perov5", "mp20", "mpts52"], choices=DATASETS)
     parser.add_argument("--checkpoint", nargs="+", help="one for each data set, by name or file (default: the bundled)")
@@ -108,7 +106,7 @@ def main() -> None:
     counts = options.n_structures or [200] * len(options.dataset)
     if not len(options.dataset) == len(checkpoints) == len(counts):
         parser.error("--checkpoint and --n-structures need one value for each data set")
-    output = options.output or Path(__file__).parent.parent / "figures" / "05_nearest_minimum.csv"
+    output = options.output or FIGURES / "05_nearest_minimum.csv"
     torch.set_num_threads(1)
     tables = []
     for name, checkpoint, count in zip(options.dataset, checkpoints, counts):

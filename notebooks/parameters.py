@@ -17,12 +17,14 @@ import argparse
 import ast
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from contsp_core.data import CHECKPOINTS, DATASETS, retold
 
 INJECTED = "# Parameters\n"  # first line of the cell that papermill adds
+FIGURES = Path(__file__).parents[1] / "figures"  # where scripts write
 
 Rule = type | tuple[Any, ...] | Callable[[Any], str | None]
 
@@ -32,12 +34,7 @@ def _integer_from(low: int, value: Any) -> str | None:
     return None if right else f"an integer ≥ {low}"
 
 
-def _seed(value: Any) -> str | None:
-    return _integer_from(0, value)
-
-
-def _positive(value: Any) -> str | None:
-    return _integer_from(1, value)
+_positive = partial(_integer_from, 1)
 
 
 def _minutes(value: Any) -> str | None:
@@ -70,7 +67,7 @@ def optional(rule: Rule) -> Rule:
 # What each shared parameter allows: a tuple of values, or a function that returns what is expected of a wrong value.
 RULES: dict[str, Rule] = {
     "dataset": DATASETS,
-    "seed": _seed,
+    "seed": partial(_integer_from, 0),
     "checkpoint": _checkpoint,
     "n_structures": optional(_positive),
     "n_samples": _positive,

@@ -28,14 +28,6 @@ TRAINING_PANELS = (
 )
 
 
-def _require(table: pd.DataFrame, *columns: str) -> None:
-    missing = [column for column in columns if column not in table]
-    if missing:
-        raise ValueError(f"table has columns {list(table)}, expected also {missing}")
-    if table.empty:
-        raise ValueError("table is empty, expected at least one row")
-
-
 @styled
 def training_curves(history: pd.DataFrame, smooth: int = 1) -> Figure:
     """One panel for each quantity of ``TRAINING_PANELS`` in ``history``, against ``update`` (or the row index).
@@ -46,9 +38,6 @@ def training_curves(history: pd.DataFrame, smooth: int = 1) -> Figure:
     """
     panels = [(title, {c: t for c, t in columns.items() if c in history}) for title, columns in TRAINING_PANELS]
     panels = [(title, columns) for title, columns in panels if columns]
-    if not panels:
-        known = [column for _, columns in TRAINING_PANELS for column in columns]
-        raise ValueError(f"history has columns {list(history)}, expected any of {known}")
     step = history.get("update", history.index)
     n_columns = min(3, len(panels))
     figure, axes = new_figure(-(-len(panels) // n_columns), n_columns, size=(3.0, 2.2))
@@ -71,26 +60,21 @@ def match_rate_figure(curve: pd.DataFrame) -> Figure:
     """Match rate against the number of samples k.
 
     Args:
-        curve: columns ``k``, ``match_rate`` (0 … 1); optionally ``low``, ``high`` (interval), ``label`` (of a line).
+        curve: columns ``label`` (of a line), ``k``, ``match_rate`` (0 … 1) and its interval, ``low`` and ``high``.
     """
-    _require(curve, "k", "match_rate")
     figure, ((ax,),) = new_figure()
-    labels = curve["label"] if "label" in curve else ["match rate"] * len(curve)
-    for color, (label, part) in zip(itertools.cycle(COLORS), curve.groupby(np.asarray(labels), sort=False)):
+    for color, (label, part) in zip(itertools.cycle(COLORS), curve.groupby("label", sort=False)):
         ax.plot(part["k"], 100 * part["match_rate"], "o-", ms=3, color=color, label=label)
-        if {"low", "high"} <= set(part):
-            ax.fill_between(part["k"], 100 * part["low"], 100 * part["high"], color=color, alpha=0.18, lw=0)
+        ax.fill_between(part["k"], 100 * part["low"], 100 * part["high"], color=color, alpha=0.18, lw=0)
     ax.set(xlabel="samples per crystal $k$", ylabel="match rate (%)", ylim=(0, 103))
     ax.xaxis.get_major_locator().set_params(integer=True)
-    if "label" in curve:
-        ax.legend()
+    ax.legend()
     return figure
 
 
 @styled
 def rmse_histogram(table: pd.DataFrame, n_bins: int = 25) -> Figure:
     """Smallest normalised RMS displacement of each crystal, column ``rms_best`` (missing where nothing matched)."""
-    _require(table, "rms_best")
     rmse = table["rms_best"].dropna()
     figure, ((ax,),) = new_figure()
     ax.hist(rmse, bins=n_bins, range=(0, max([0.5, *rmse])), color=COLORS[0], edgecolor="white")
@@ -104,7 +88,7 @@ def rmse_histogram(table: pd.DataFrame, n_bins: int = 25) -> Figure:
 
 @styled
 def energy_comparison(
-    reference_energy: Sequence[float], sample_energy: Sequence[float], matched: Sequence[bool] | None = None
+    reference_energy: Sequence[float], sample_energy: Sequence[float], matched: Sequence[bool]
 ) -> Figure:
     """Energy of a sample against that of its reference crystal; below the diagonal the model prefers the sample.
 
@@ -115,10 +99,8 @@ def energy_comparison(
         matched: (n,), whether the sample matches the reference.
     """
     reference, sample = np.asarray(reference_energy, float), np.asarray(sample_energy, float)
-    if reference.shape != sample.shape or not reference.size:
-        raise ValueError(f"sample_energy has shape {sample.shape}, expected that of reference_energy {reference.shape}")
     figure, ((ax,),) = new_figure(size=(3.2, 3.0))
-    match = np.ones(len(sample), bool) if matched is None else np.asarray(matched, bool)
+    match = np.asarray(matched, bool)
     size = min(12, max(1.5, 6000 / len(sample)))
     low, high = np.nanmin(reference), np.nanmax(reference)
     ends = low - (room := 0.5 * (high - low) + 1), high + room
@@ -128,6 +110,5 @@ def energy_comparison(
             ax.scatter(reference[chosen], sample[chosen], s=size, color=color, alpha=0.6, lw=0, label=label)
     ax.plot(ends, ends, color="0.3", lw=0.8, ls="--")
     ax.set(xlabel="reference energy (dimensionless)", ylabel="sample energy (dimensionless)", ylim=ends)
-    if matched is not None:
-        ax.legend(markerscale=math.sqrt(12 / size))
+    ax.legend(markerscale=math.sqrt(12 / size))
     return figure

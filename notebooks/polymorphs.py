@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from parameters import output_file
+from parameters import FIGURES, output_file
 from pymatgen.core import Structure
 
 from contsp_core.csp.evaluation import ENERGIES, SETTINGS, read_samples
@@ -66,7 +66,6 @@ def compare_with_known(
 
 
 def main() -> None:
-    """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="made by evaluate_checkpoint")
     parser.add_argument(
@@ -81,7 +80,7 @@ def main() -> None:
     known = [structure for name in SPLITS for structure in load_split(dataset, name)]
     samples = read_samples(options.folder, chosen.material_ids, settings["n_samples"])
     table = compare_with_known(chosen.structures, samples, known)
-    output = options.output or Path(__file__).parent.parent / "figures" / f"04_polymorphs_{dataset}.csv"
+    output = options.output or FIGURES / f"04_polymorphs_{dataset}.csv"
     table.to_csv(output, index=False, float_format="%.3f")
     print(table.round(1).to_string(index=False))
 

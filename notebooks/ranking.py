@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from joblib import Parallel, delayed
 from matplotlib.figure import Figure
-from parameters import output_file
+from parameters import FIGURES, output_file
 from pymatgen.core import Structure
 from scipy.optimize import minimize
 from tqdm import tqdm
@@ -185,7 +185,6 @@ def numbered(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
 
 
 def main() -> None:
-    """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="mp20")
     parser.add_argument("--checkpoint", help="default: that of the data set's name")
@@ -201,7 +200,7 @@ def main() -> None:
     options.checkpoint = options.checkpoint or options.dataset
     name = options.dataset if options.source == "chains" else f"{options.dataset}_{options.source}"
     name += "_predicted" if options.choose_units else ""
-    output = options.output or Path(__file__).parent.parent / "figures" / f"04_confidence_{name}.csv"
+    output = options.output or FIGURES / f"04_confidence_{name}.csv"
     if options.choose_units and options.source != "chains":
         parser.error("--choose-units is for --source chains")
     folder = options.samples or Path(__file__).parent.parent / "runs" / f"ranking_{name}"

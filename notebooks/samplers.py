@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from parameters import output_file
+from parameters import FIGURES, output_file
 
 from contsp_core import Crystals, load_model
 from contsp_core.crystals import keyed_rng
@@ -98,7 +97,6 @@ def plot_samplers(table: pd.DataFrame) -> Figure:
 
 
 def main() -> None:
-    """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", required=True, choices=DATASETS)
     parser.add_argument("--checkpoint", help="a bundled one by name, or a file (default: that of the data set)")
@@ -108,7 +106,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=output_file(".csv"), help="a .csv (default figures/07_samplers_<dataset>.csv)")
     options = parser.parse_args()
-    output = options.output or Path(__file__).parent.parent / "figures" / f"07_samplers_{options.dataset}.csv"
+    output = options.output or FIGURES / f"07_samplers_{options.dataset}.csv"
     torch.set_num_threads(1)
     model = load_model(options.checkpoint or options.dataset)
     if model.noise_features is None:

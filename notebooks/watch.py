@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from movies import record_chain, write_gif, write_slider
-from parameters import output_file
+from parameters import FIGURES, output_file
 
 from contsp_core import load_model
 from contsp_core.csp.candidates import space_group
@@ -17,9 +16,7 @@ if __name__ == "__main__":
     parser.add_argument("--formula", default="Ti2O4", help="content of the cell")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--number", type=int, default=2, help="which sample, from 0")
-    parser.add_argument(
-        "--output", type=output_file(".gif"), default=Path(__file__).parent.parent / "figures" / "06_watch_TiO2.gif"
-    )
+    parser.add_argument("--output", type=output_file(".gif"), default=FIGURES / "06_watch_TiO2.gif")
     given = parser.parse_args()
     frames = record_chain(load_model(given.checkpoint), given.formula, given.number, given.seed)
     print(f"{given.formula}, seed {given.seed}, sample {given.number}: {space_group(frames[-1].structure)}")

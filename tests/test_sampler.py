@@ -134,13 +134,6 @@ def test_a_model_is_sampled_as_its_settings_say():
     assert sampling_config(ContinuousCGCNN(NOISY, DiffusionConfig(7, 2))) == DiffusionConfig(7, 2)
 
 
-def test_progress_is_shown_on_request(model, capsys):
-    sample_structures(model, ["Fe"], n_samples=1, n_steps=3)
-    assert not capsys.readouterr().err
-    sample_structures(model, ["Fe"], n_samples=1, n_steps=3, progress=True)
-    assert "3/3" in capsys.readouterr().err
-
-
 def test_the_comparison_of_samplers_needs_noise_levels(monkeypatch, capsys):
     command = ["samplers.py", "--dataset", "perov5", "--checkpoint", "perov5_paper"]
     monkeypatch.setattr(sys, "argv", command)

@@ -35,7 +35,6 @@ from contsp_core.sampler import sampling_config, training_counts
 ENERGIES = "energies.json"  # {file name: energy or null}; written last: names the files of a complete crystal
 SETTINGS, SUMMARY, TABLE = "settings.json", "summary.json", "per_crystal.csv"
 N_SAMPLES = 20
-OBJECTIVES = {"score_matching": "score matching", "contrastive_divergence": "contrastive divergence"}
 SAMPLERS = {None: "noise levels", "cartesian": "annealed MALA", "strain": "annealed MALA, strain moves"}
 # labels of sources; that of "chains" depends on the model
 METHODS = {"start": "the sampler's start, no gradient", "start_descended": "the sampler's start, energy descent"}
@@ -150,7 +149,7 @@ def method_label(source: str, checkpoint: str | Path | None, model: ContinuousCG
     if source != "chains" or checkpoint is None or model is None:
         return METHODS[source]
     header = read_settings(checkpoint)
-    objective = OBJECTIVES.get((header.get("training") or {}).get("objective", ""), "unknown objective")
+    objective = (header.get("training") or {}).get("objective", "unknown objective").replace("_", " ")
     sampler = SAMPLERS[getattr(sampling_config(model), "proposal", None)]
     return f"{objective}{' and negatives' if header.get('negatives') else ''}, {sampler}"
 

@@ -5,11 +5,11 @@ Lengths are in Å; the learned energy is dimensionless.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -34,17 +34,15 @@ HULL_OPACITY, HULL_ATOMS = 0.45, (4, 6)  # more bonds than six make hulls that h
 PIECES = 12  # into which a line is cut, so that each passes before or behind the right atoms
 
 
-def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
-    """Apply the common style while drawing only, so that the caller's own settings stay as they were."""
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib.pyplot as plt
 
-    @functools.wraps(draw)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        import matplotlib.pyplot as plt
+    with plt.rc_context(STYLE), plt.ioff():
+        yield
 
-        with plt.rc_context(STYLE), plt.ioff():
-            return draw(*args, **kwargs)
 
-    return wrapper
+styled = _style()  # a decorator: the style holds while drawing only, the caller's own settings stay as they were
 
 
 def new_figure(

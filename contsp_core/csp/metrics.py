@@ -14,7 +14,7 @@ import warnings
 from collections import defaultdict
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from functools import cache, partial
-from itertools import chain, repeat
+from itertools import chain, repeat, zip_longest
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -384,10 +384,7 @@ def matching_rms(table: pd.DataFrame, criterion: str = "loose") -> np.ndarray:
 
 def _matrix(lists: Sequence[Sequence[float]]) -> np.ndarray:
     """Lists of any length as rows of one array, NaN at the end."""
-    matrix = np.full((len(lists), max(1, *map(len, lists))), math.nan)
-    for row, values in zip(matrix, lists, strict=True):
-        row[: len(values)] = values
-    return matrix
+    return np.array([*zip_longest(*lists, [math.nan], fillvalue=math.nan)], dtype=float).T[:-1]  # of ≥ 1 column
 
 
 def bootstrap_interval(values: np.ndarray, seed: int = 0, n_resamples: int = 1000) -> tuple[np.ndarray, np.ndarray]:
