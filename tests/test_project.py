@@ -274,6 +274,9 @@ def test_each_link_and_picture_exists(path):
     targets = [target for target in targets if not re.match(r"[a-z]+:", target)]
     missing = [target for target in targets if not (path.parent / target).exists()]
     assert missing == []
+    for target, anchor in re.findall(r"\]\(((?!\w+:)[^)#\s]*)#([^)\s]+)\)", text):
+        headings = re.findall(r"^#+ (.*)$", (path.parent / target if target else path).read_text(), re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
     named = re.findall(r"(?:notebooks|figures|tests|contsp_core)/[\w/.-]+\.(?:ipynb|png|csv|json|py)", path.read_text())
     assert [name for name in named if not (ROOT / name).exists()] == []
 
